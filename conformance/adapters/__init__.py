@@ -1,0 +1,57 @@
+"""How an implementation is reached. Only the modules in this folder import what they adapt, and only when asked.
+
+An adapter module has `implementations() -> tuple[Implementation, ...]`: one entry per declared precision.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from conformance.budget import Profile
+from conformance.case import Function
+
+
+class AdapterError(ValueError):
+    """An adapter that cannot be loaded: unknown name, missing package, a file without IMPLEMENTS."""
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """Functions by operator name, under one declared precision. What is not in `functions` is not claimed."""
+
+    name: str
+    functions: Mapping[str, Function] = field(repr=False)
+    profile: Profile
+    version: str = ""
+
+
+# Command-line name -> (module of this folder, extra that installs what it adapts).
+ADAPTERS = {
+    "spec": ("spec", "conformance"),
+    "torch": ("pytorch", "torch"),
+    "onnxruntime": ("onnx_runtime", "runtime"),
+    "rotary-embedding-torch": ("rotary_embedding_torch", "demo"),
+    "FLASH-pytorch": ("flash_pytorch", "demo"),
+    "peft": ("peft", "demo"),
+    "scikit-learn": ("scikit_learn", "demo"),
+}
+
+
+def load(name: str) -> tuple[Implementation, ...]:
+    """The implementations behind an adapter's name, or `python:FILE` for a stranger's file."""
+    kind, _, target = name.partition(":")
+    if kind == "python":
+        from conformance.adapters import python
+
+        return python.implementations(target)
+    if name not in ADAPTERS:
+        raise AdapterError(f"adapter: expected one of {', '.join(ADAPTERS)} or python:FILE, received {name!r}")
+    module, extra = ADAPTERS[name]
+    try:
+        loaded = importlib.import_module(f"conformance.adapters.{module}")
+        made: tuple[Implementation, ...] = loaded.implementations()
+    except ImportError as error:
+        raise AdapterError(f"adapter {name}: {error.name or error} is not installed; pip install 'refimpl[{extra}]'") from None
+    return made

@@ -1,0 +1,185 @@
+"""What is judged: operators, and cases that are inputs with the clauses they test.
+
+An operator's arguments are arrays (float, int64, bool), numbers, strings, None and tuples of integers, so that a case
+can be written to a file and read by any language. Float arrays are data in the storage format; numbers are exact.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import pkgutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from conformance import ops
+from conformance.budget import DTYPES, Arithmetic, Ball, Profile, round_to
+
+Function = Callable[..., Any]
+
+
+class Unsupported(Exception):
+    """Raised by an implementation that does not provide a combination; the text is the reason that the report shows."""
+
+
+@dataclass(frozen=True)
+class Operator:
+    """One judged operator.
+
+    call: the specification (a function of refimpl.ops, or a few lines that resolve names to functions).
+    reference: the independent derivation, reference(arithmetic, **arguments) -> Ball(s); float arrays arrive as Balls.
+    outputs: the names of the results, in order.
+    multilinear: a sum of products of its inputs; at least five exact vectors are owed.
+    observe: what is compared, where outputs are not unique: observe(arguments, outputs) -> arrays; the reference gives
+      the same observables. `observables` are then their names.
+    """
+
+    name: str
+    call: Function
+    reference: Function
+    outputs: tuple[str, ...] = ("y",)
+    multilinear: bool = False
+    observe: Function | None = None
+    observables: tuple[str, ...] = ()
+    # The version of the operator's meaning: any change of semantics is a new integer.
+    version: int = 1
+
+    @property
+    def family(self) -> str:
+        return self.name.split(".")[0]
+
+    @property
+    def function(self) -> str:
+        return self.name.split(".")[1]
+
+    @property
+    def judged(self) -> tuple[str, ...]:
+        """Names of what is compared."""
+        return self.observables or self.outputs
+
+    @property
+    def parameters(self) -> tuple[str, ...]:
+        """Names of the arguments, in the order of the specification."""
+        return tuple(inspect.signature(self.call).parameters)
+
+
+@dataclass(frozen=True)
+class Case:
+    """Arguments of one operator, and what is to be learned from them.
+
+    clauses: labels of the operator's docstring that this case tests ("C1").
+    exact: every permitted order gives the same number, so the output must be the correctly rounded result, bit for bit.
+    angle: "A64" for cases beyond position 2^17, judged only for implementations that declare exact angles.
+    ill_conditioned: made so that the bound carries no information; its elements may be unverifiable.
+    only: storage formats, where fewer than those that hold every float input exactly.
+    profile: the declared precision; drawn cases carry it, the corpus is judged under the implementation's own.
+    """
+
+    op: str
+    name: str
+    arguments: Mapping[str, Any] = field(repr=False)
+    clauses: tuple[str, ...] = ()
+    exact: bool = False
+    angle: str = "A32"
+    ill_conditioned: bool = False
+    only: tuple[str, ...] = DTYPES
+    note: str = ""
+    profile: Profile = Profile("float64", "strict", "A64")
+
+    @property
+    def id(self) -> str:
+        return f"{self.op}/{self.name}"
+
+    @property
+    def dtypes(self) -> tuple[str, ...]:
+        """Storage formats that hold every float input exactly."""
+        floats = [v for v in self.arguments.values() if _is_float_array(v)]
+        return tuple(t for t in self.only if all(np.array_equal(round_to(v, t), v) for v in floats))
+
+    def with_(self, **changes: Any) -> Case:
+        """The same case with some arguments replaced; float arrays are rounded to the storage format first (rule 0)."""
+        rounded = {k: round_to(v, self.profile.dtype) if _is_float_array(v) else v for k, v in changes.items()}
+        return replace(self, arguments={**self.arguments, **rounded})
+
+    def under(self, profile: Profile) -> Case:
+        return replace(self, profile=profile)
+
+    def __getitem__(self, name: str) -> Any:
+        return self.arguments[name]
+
+
+def _is_float_array(value: Any) -> bool:
+    return isinstance(value, np.ndarray) and value.dtype.kind == "f"
+
+
+def storage_type(dtype: str) -> np.dtype:
+    """The NumPy dtype in which an implementation receives its float arrays (bfloat16 through ml_dtypes)."""
+    if dtype == "bfloat16":
+        import ml_dtypes
+
+        return np.dtype(ml_dtypes.bfloat16)
+    return np.dtype(dtype)
+
+
+def storage_arguments(case: Case) -> dict[str, Any]:
+    """Fresh copies of the arguments, float arrays in the storage format of the case's profile."""
+    target = storage_type(case.profile.dtype)
+    return {
+        k: v.astype(target) if _is_float_array(v) else v.copy() if isinstance(v, np.ndarray) else v
+        for k, v in case.arguments.items()
+    }
+
+
+def as_tuple(result: Any) -> tuple[Any, ...]:
+    """One array, a tuple or a NamedTuple of arrays (nested ones flattened), as a flat tuple."""
+    if isinstance(result, (tuple, list)):
+        return tuple(leaf for part in result for leaf in as_tuple(part))
+    return (result,)
+
+
+def reference(case: Case, *, digits: bool = False) -> dict[str, Ball]:
+    """The expected observables of a case, with the radius that the case's profile permits, output rounding included."""
+    operator = OPERATORS()[case.op]
+    arithmetic = Arithmetic(case.profile, digits)
+    arguments = {k: arithmetic.exact(v) if _is_float_array(v) else v for k, v in case.arguments.items()}
+    with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
+        balls = as_tuple(operator.reference(arithmetic, **arguments))
+        if len(balls) != len(operator.judged):
+            raise TypeError(f"{case.op}: the reference gives {len(balls)} results, expected {operator.judged}")
+        finished = [b.finished() if isinstance(b, Ball) else _discrete(arithmetic, b) for b in balls]
+    return dict(zip(operator.judged, finished, strict=True))
+
+
+def _discrete(arithmetic: Arithmetic, values: Any) -> Ball:
+    """Integers, booleans and masked -inf entries: no radius."""
+    array = np.asarray(values, np.float64)
+    return Ball(array, np.zeros(array.shape), arithmetic)
+
+
+@lru_cache(maxsize=1)
+def families() -> dict[str, ModuleType]:
+    """The operator families: the files of conformance/ops, in alphabetical order. The directory is the registry."""
+    names = sorted(module.name for module in pkgutil.iter_modules(ops.__path__))
+    return {name: importlib.import_module(f"conformance.ops.{name}") for name in names}
+
+
+@lru_cache(maxsize=1)
+def OPERATORS() -> dict[str, Operator]:
+    """Every judged operator by name."""
+    return {operator.name: operator for module in families().values() for operator in module.OPERATORS}
+
+
+def cases(names: Sequence[str] | None = None) -> list[Case]:
+    """Every case of the corpus, or those of the named operators or families."""
+    every = [case for module in families().values() for case in module.CASES]
+    return every if names is None else [c for c in every if selected(c.op, names)]
+
+
+def selected(op: str, names: Sequence[str]) -> bool:
+    """Whether an operator is meant by one of `names`: its own name, or its family's."""
+    return any(op == name or op.startswith(name + ".") for name in names)

@@ -1,0 +1,103 @@
+"""Properties that every right implementation has, as plain functions over an implementation.
+
+A law is `law(implementation, case)`; it returns nothing or raises LawFailed with what was expected, received and where.
+Cases come from the family's strategy (Hypothesis), so that a failing one is shrunk. Tolerances are never chosen:
+they are the radii of the reference at the case's declared precision.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from conformance.case import OPERATORS, Case, Function, as_tuple, reference, storage_arguments
+
+
+class LawFailed(AssertionError):
+    """A property does not hold for an implementation."""
+
+
+@dataclass(frozen=True)
+class Law:
+    """check: the plain function; operators: names it applies to; clauses: docstring labels it tests."""
+
+    check: Callable[[Function, Case], None]
+    operators: tuple[str, ...]
+    clauses: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        return self.check.__name__
+
+
+@dataclass(frozen=True)
+class Output:
+    """What an implementation returned (float64) and how far a right one may be from the formula."""
+
+    value: np.ndarray
+    radius: np.ndarray
+
+
+def call(implementation: Function, case: Case) -> tuple[np.ndarray, ...]:
+    """Call an implementation on a case; what it returns is copied as float64, its arguments must come back unmodified."""
+    arguments = storage_arguments(case)
+    kept = {k: v.copy() for k, v in arguments.items() if isinstance(v, np.ndarray)}
+    # Freed memory full of NaN: a result that was never written shows.
+    poison = [np.full(max(v.size, 1), np.nan, np.float64) for v in kept.values()]
+    del poison
+    returned = as_tuple(implementation(**arguments))
+    outputs = tuple(np.array(np.asarray(r), dtype=np.float64) for r in returned)
+    for name, before in kept.items():
+        if arguments[name].tobytes() != before.tobytes():
+            raise LawFailed(f"{case.op} case {case.name} ({case.profile}): the argument {name} was modified by the call")
+    for result in returned:
+        # A cached buffer handed out twice would come back poisoned.
+        if isinstance(result, np.ndarray) and result.flags.writeable and result.dtype.kind == "f":
+            result[...] = np.nan
+    return outputs
+
+
+def run(implementation: Function, case: Case, **changes: Any) -> tuple[Output, ...]:
+    """The observables of an implementation on a case (with some arguments changed), each with its permitted radius."""
+    case = case.with_(**changes)
+    outputs = call(implementation, case)
+    operator = OPERATORS()[case.op]
+    if operator.observe is not None:
+        outputs = tuple(np.asarray(o, np.float64) for o in as_tuple(operator.observe(case.arguments, outputs)))
+    expected = reference(case)
+    made = []
+    for name, value, ball in zip(expected, outputs, expected.values(), strict=False):
+        if value.shape != ball.shape:
+            raise LawFailed(
+                f"{case.op} case {case.name} ({case.profile}): {name} has shape {value.shape}, expected {ball.shape}"
+            )
+        made.append(Output(value, ball.rad))
+    if len(outputs) != len(expected):
+        raise LawFailed(f"{case.op}: {len(outputs)} results, expected {len(expected)} ({', '.join(expected)})")
+    return tuple(made)
+
+
+def close(law: str, case: Case, actual: Any, expected: Any, tolerance: Any) -> None:
+    """Raise LawFailed at the element furthest beyond `tolerance`; infinite tolerances say nothing; NaN always fails."""
+    actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
+    if actual.shape != expected.shape:
+        raise LawFailed(f"{case.op} law {law} ({case.profile}): shape {actual.shape}, expected {expected.shape}")
+    tolerance = np.broadcast_to(np.asarray(tolerance, np.float64), actual.shape)
+    with np.errstate(invalid="ignore"):
+        same = (actual == expected) | (np.isnan(actual) & np.isnan(expected))
+        excess = np.where(same, 0.0, np.abs(actual - expected) - tolerance)
+    bad = (excess > 0) | (np.isnan(excess) & ~np.isinf(tolerance)) | (np.isnan(actual) & ~np.isnan(expected))
+    if bad.any():
+        index = tuple(int(i) for i in np.unravel_index(np.argmax(np.where(bad, np.nan_to_num(excess, nan=np.inf), -1)), bad.shape))
+        raise LawFailed(
+            f"{case.op} law {law} ({case.profile}): out{list(index)}={actual[index]:.6g}, should be "
+            f"{expected[index]:.6g} within {tolerance[index]:.2g}; {int(bad.sum())} of {bad.size} elements differ"
+        )
+
+
+def equal(law: str, case: Case, actual: Any, expected: Any) -> None:
+    """Bit for bit (signs of zero aside): causality, isolation of documents, data movement."""
+    close(law, case, actual, expected, 0.0)

@@ -1,0 +1,240 @@
+"""Pass or fail: one implementation on one frozen case, or under one law.
+
+pass: equal, or |out - expected| <= bound everywhere it can be known.
+precision: wrong under the declared profile, within the bound of a looser one, which the message names.
+logic: wrong under every profile. unverifiable: no element whose bound carries information.
+skipped: the implementation declines, with its reason. errored: it raised.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from conformance.budget import PROFILES, Profile, round_to
+from conformance.case import OPERATORS, Case, Function, Unsupported, as_tuple
+from conformance.law import LawFailed, call
+from conformance.mutant import mutants
+from conformance.vectors import Vector
+
+OUTCOMES = ("pass", "precision", "logic", "unverifiable", "skipped", "errored")
+FAILURES = ("precision", "logic", "errored")
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What happened to one case (kind "vector") or one law (kind "law").
+
+    ratio: the worst |out - expected| / bound over the verifiable elements (nan where none was compared).
+    equals: known bugs whose output this is.
+    """
+
+    implementation: str
+    op: str
+    case: str
+    dtype: str
+    profile: str
+    outcome: str
+    kind: str = "vector"
+    ratio: float = float("nan")
+    message: str = ""
+    elements: int = 0
+    unverifiable: int = 0
+    ill_conditioned: bool = False
+    equals: tuple[str, ...] = ()
+    outputs: tuple[np.ndarray, ...] = field(default=(), repr=False, compare=False)
+
+    @property
+    def failed(self) -> bool:
+        return self.outcome in FAILURES
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The worst element of a case under one profile."""
+
+    ratio: float
+    elements: int
+    unverifiable: int
+    message: str = ""
+
+    @property
+    def ok(self) -> bool:
+        return self.ratio <= 1.0
+
+
+def informative(expected: np.ndarray, bound: np.ndarray) -> np.ndarray:
+    """Where a bound says something: below half of the largest expected magnitude of that output."""
+    finite = expected[np.isfinite(expected)]
+    scale = float(np.abs(finite).max()) if finite.size else 0.0
+    return np.isfinite(bound) & (bound <= scale / 2) | (bound == 0)
+
+
+def compare(outputs: Sequence[np.ndarray], vector: Vector, profile: Profile, *, exact: bool) -> Comparison:
+    """Outputs (float64) against a vector under one profile; `exact` asks for equality after rounding to storage."""
+    bounds = vector.bounds[str(profile)]
+    worst, message, elements, unverifiable = 0.0, "", 0, 0
+    if len(outputs) != len(vector.expected):
+        return Comparison(np.inf, 0, 0, f"{len(outputs)} results, expected {len(vector.expected)} ({', '.join(vector.expected)})")
+    for (name, expected), out in zip(vector.expected.items(), outputs, strict=True):
+        if out.shape != expected.shape:
+            return Comparison(np.inf, 0, 0, f"{name} has shape {out.shape}, expected {expected.shape}")
+        bound = np.where(np.isfinite(expected), bounds[name], 0.0)
+        known = informative(expected, bound)
+        if exact:
+            out, expected = round_to(out, profile.dtype), round_to(expected, profile.dtype)
+            bound, known = np.zeros_like(bound), np.ones_like(known)
+        elements += expected.size
+        unverifiable += int((~known).sum())
+        with np.errstate(invalid="ignore", divide="ignore"):
+            error = np.where((out == expected) | (np.isnan(out) & np.isnan(expected)), 0.0, np.abs(out - expected))
+            ratio = np.where(error == 0, 0.0, error / bound)
+        # NaN is a failure wherever the bound is finite; beyond an infinite bound anything may stand.
+        ratio = np.where(np.isnan(ratio), np.where(np.isinf(bound), 0.0, np.inf), ratio)
+        if ratio.size and ratio.max() > worst:
+            index = tuple(int(i) for i in np.unravel_index(np.argmax(ratio), ratio.shape))
+            worst = float(ratio.max())
+            times = "not equal bit for bit" if exact else f"{worst:.2g} x the bound"
+            message = f"{name}{list(index)}={out[index]:.6g}, should be {expected[index]:.6g}; {times}"
+            if not exact and np.isinf(worst):
+                message = f"{name}{list(index)}={out[index]:.6g}, should be exactly {expected[index]:.6g}"
+    return Comparison(worst, elements, unverifiable, message if worst > 1 else "")
+
+
+def judged_profile(vector: Vector, declared: Profile) -> Profile:
+    """The profile whose bounds apply: the declared one; float32 and float64 have one each."""
+    name = declared.name if declared.sixteen_bit else "strict"
+    return Profile(declared.dtype, name, "A64" if declared.dtype == "float64" else vector.case.angle)
+
+
+def looser(declared: Profile) -> list[Profile]:
+    """Profiles in which a precision fault shows as such: the next ones of the same format; 24 bits for float64 and
+    11 bits everywhere (float16, TF32) for float32."""
+    if declared.sixteen_bit:
+        return [replace(declared, name=n) for n in PROFILES[PROFILES.index(declared.name) + 1 :]]
+    return [Profile("float32")] if declared.dtype == "float64" else [Profile("float16", "eager")]
+
+
+def judge(implementation: str, function: Function, vector: Vector, declared: Profile) -> Verdict:
+    """Run one implementation on one frozen case."""
+    case = vector.case
+    profile = judged_profile(vector, declared)
+    verdict = Verdict(
+        implementation, case.op, case.name, profile.dtype, declared.name, "pass", ill_conditioned=case.ill_conditioned
+    )
+    if case.angle == "A64" and declared.angle != "A64" and declared.dtype != "float64":
+        return replace(verdict, outcome="skipped", message="angle class A32 is declared: positions stay below 2^17")
+    try:
+        outputs = call(function, case.under(profile))
+        observe = OPERATORS()[case.op].observe
+        if observe is not None:
+            outputs = tuple(np.asarray(o, np.float64) for o in as_tuple(observe(case.arguments, outputs)))
+    except Unsupported as reason:
+        return replace(verdict, outcome="skipped", message=str(reason))
+    except LawFailed as fault:
+        return replace(verdict, outcome="logic", ratio=np.inf, message=str(fault).partition(": ")[2])
+    except Exception as error:
+        return replace(verdict, outcome="errored", message=f"{type(error).__name__}: {error}")
+    result = compare(outputs, vector, profile, exact=case.exact)
+    verdict = replace(
+        verdict,
+        ratio=result.ratio,
+        elements=result.elements,
+        unverifiable=result.unverifiable,
+        message=result.message,
+        outputs=outputs,
+    )
+    if result.ok:
+        silent = result.elements > 0 and result.unverifiable == result.elements
+        return replace(verdict, outcome="unverifiable" if silent else "pass")
+    for other in looser(profile) if not case.exact else [profile, *looser(profile)]:
+        if str(other) in vector.bounds and compare(outputs, vector, other, exact=False).ok:
+            named = "the bound, but not bit for bit" if other is profile else str(other)
+            return replace(verdict, outcome="precision", message=f"{result.message} (passes {named})")
+    return replace(verdict, outcome="logic")
+
+
+def diagnose(failures: Sequence[tuple[Verdict, Vector]]) -> tuple[str, ...]:
+    """Known bugs of one operator whose output equals the implementation's on every failing case."""
+    compared = [(v, vector) for v, vector in failures if v.outputs]
+    if not compared:
+        return ()
+    named = []
+    for mutant in mutants(compared[0][0].op):
+        if all(_equals(mutant.call, verdict, vector) for verdict, vector in compared):
+            named.append(f"{mutant.bug} ({mutant.url})" if mutant.url else mutant.bug)
+    return tuple(named)
+
+
+def _equals(mutant: Function, verdict: Verdict, vector: Vector) -> bool:
+    """Whether a mutant gives what the implementation gave, within twice the bound (both are rounded)."""
+    profile = judged_profile(vector, Profile(verdict.dtype, verdict.profile))
+    case = vector.case
+    try:
+        with np.errstate(all="ignore"):
+            outputs = as_tuple(mutant(**{k: v.copy() if isinstance(v, np.ndarray) else v for k, v in case.arguments.items()}))
+            observe = OPERATORS()[case.op].observe
+            if observe is not None:
+                outputs = as_tuple(observe(case.arguments, outputs))
+    except Exception:
+        # A mutant that cannot take this case did not produce this output.
+        return False
+    for name, out, wrong in zip(vector.expected, verdict.outputs, outputs, strict=False):
+        wrong = np.asarray(wrong, np.float64)
+        if wrong.shape != out.shape:
+            return False
+        scale = 2 * profile.storage * (np.abs(wrong) + float(np.abs(np.where(np.isfinite(wrong), wrong, 0)).max(initial=0.0)) / 8)
+        with np.errstate(invalid="ignore"):
+            near = np.abs(out - wrong) <= 2 * vector.bounds[str(profile)][name] + scale
+        if not (near | (out == wrong) | (np.isnan(out) & np.isnan(wrong))).all():
+            return False
+    return True
+
+
+def check_law(implementation: str, function: Function, law: Any, op: str, profile: Profile, examples: int) -> Verdict:
+    """Run one law on drawn cases, derandomised; a failure carries the shrunk counter-example."""
+    from hypothesis import HealthCheck, Phase, given, settings
+
+    from conformance.strategies import of
+
+    verdict = Verdict(implementation, op, law.name, profile.dtype, profile.name, "pass", "law")
+    seen: list[Case] = []
+
+    @settings(
+        max_examples=examples,
+        derandomize=True,
+        database=None,
+        deadline=None,
+        suppress_health_check=list(HealthCheck),
+        phases=[Phase.generate, Phase.shrink],
+        report_multiple_bugs=False,
+    )
+    @given(of(op, profile))
+    def holds(case: Case) -> None:
+        seen.append(case)
+        law.check(function, case)
+
+    try:
+        holds()
+    except Unsupported as reason:
+        return replace(verdict, outcome="skipped", message=str(reason))
+    except LawFailed as fault:
+        return replace(verdict, outcome="logic", message=f"{fault}. Smallest case: {describe(seen[-1])}")
+    except Exception as error:
+        return replace(verdict, outcome="errored", message=f"{type(error).__name__}: {error}. Case: {describe(seen[-1]) if seen else '-'}")
+    return verdict
+
+
+def describe(case: Case) -> str:
+    """The arguments of a case in one line: shapes of arrays, small arrays and numbers in full."""
+    parts = []
+    for name, value in case.arguments.items():
+        if isinstance(value, np.ndarray):
+            text = np.array2string(value, separator=",", threshold=12).replace("\n", "") if value.size <= 12 else f"array{value.shape}"
+            parts.append(f"{name}={text}")
+        else:
+            parts.append(f"{name}={value!r}")
+    return ", ".join(parts)

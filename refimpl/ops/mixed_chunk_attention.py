@@ -1,0 +1,490 @@
+"""Mixed chunk attention (FLASH): quadratic attention inside chunks of c tokens, linear attention between them.
+
+    o_i = (1/N_loc) Σ_(j in chunk of i) kernel(scale q_quad_i·k_quad_j + bias_ij) v_j + (1/N_lin) q_lin_i Σ_h S_h
+    S_h = Σ_(j in chunk h) k_lin_jᵀ v_j
+
+Source: Hua et al., Transformer Quality in Linear Time, arXiv:2202.10447; https://kexue.fm/archives/8934
+
+There is no head axis: queries and keys are (b, n, s), values (b, n, e); any number of leading axes stands for b. The
+tail is padded to G = ceil(n/c) chunks and always masked. Public code disagrees on scale, kernel and lengths:
+
+    who                                   scale   kernel                              normaliser
+    article 8934                          1/√s    squared_relu_constant(length=1)     su
+    paper, pseudo-code                    1/c     squared_relu_constant(length=1)     paper
+    FLASH-pytorch                         1/c     squared_relu_constant(length=1)     lucidrains, lucidrains_causal
+      the same with laplace_attn_fn       1/c     laplace                             as above
+    fast weight layers (causal_strict)    1       identity                            unnormalised
+    recommended, blind to padding         1/√s    squared_relu_constant(length=1)     visible
+"""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Bool, Float, Int, Shaped
+
+from refimpl import check
+from refimpl.ops import gau, rope
+from refimpl.ops.attention import project
+
+# Rows of gamma and beta that make (q_quad, k_quad, q_lin, k_lin): the paper's pseudo-code, and FLASH-pytorch.
+ROWS_PAPER = (0, 1, 2, 3)
+ROWS_LUCIDRAINS = (0, 2, 1, 3)
+
+
+class Reach(NamedTuple):
+    """What every row reads, in counts: all that a normaliser may know. G chunks of c rows, the padded tail included."""
+
+    chunk: int
+    # Tokens in the array (while streaming: seen so far), masked ones included, tail padding not.
+    tokens: int
+    # Chunks whose sum S_h the row reads; visible keys in its own chunk; visible keys inside those S_h.
+    chunks: Int[np.ndarray, "*_b _G _c"]
+    local: Int[np.ndarray, "*_b _G _c"]
+    linear: Int[np.ndarray, "*_b _G _c"]
+
+
+class Lengths(NamedTuple):
+    """N_loc and N_lin, one for all rows or one per row. Where a length is 0 that part of the output is 0."""
+
+    local: Int[np.ndarray, "..."] | int
+    linear: Int[np.ndarray, "..."] | int
+
+
+class Documents(NamedTuple):
+    """How packed documents are kept apart: tokens share a document column of `member`, chunk g reads the S_h of h."""
+
+    member: Bool[np.ndarray, "*_b _G _c _D"]
+    reads: Bool[np.ndarray, "*_b _G _G"]
+
+
+class Heads(NamedTuple):
+    """The four scaled and shifted copies of the shared features, in the order in which the operators take them."""
+
+    q_quad: Float[np.ndarray, "*b n s"]
+    k_quad: Float[np.ndarray, "*b n s"]
+    q_lin: Float[np.ndarray, "*b n s"]
+    k_lin: Float[np.ndarray, "*b n s"]
+
+
+class State(NamedTuple):
+    """A causal stream: the sum S over complete chunks, their number and valid tokens, and the open chunk's buffer."""
+
+    summary: Float[np.ndarray, "*b s e"]
+    chunks: int
+    counted: Int[np.ndarray, "*b"]
+    k_quad: Float[np.ndarray, "*b f s"]
+    k_lin: Float[np.ndarray, "*b f s"]
+    v: Float[np.ndarray, "*b f e"]
+    valid: Bool[np.ndarray, "*b f"]
+
+
+def su(reach: Reach) -> Lengths:
+    """N_loc = c, N_lin = the tokens of the chunks read, masked ones too: n, or causally (g-1) c for chunk g = 1 ... G.
+
+    Differs: the article prints 1/((g-1) n/c) for the causal sum; only (g-1) c counts the tokens summed.
+    """
+    return Lengths(reach.chunk, np.minimum(reach.chunks * reach.chunk, reach.tokens))
+
+
+def paper(reach: Reach) -> Lengths:
+    """N_loc = 1 (scores are divided by c before the kernel), N_lin = c times the number of chunks read.
+
+    Differs: at the first causal chunk the pseudo-code is 0/0, which the PyTorch transcription keeps as NaN.
+    """
+    return Lengths(1, reach.chunks * reach.chunk)
+
+
+def lucidrains(reach: Reach) -> Lengths:
+    """N_loc = 1, N_lin = n without the tail padding, masked tokens included: not for causal use."""
+    return Lengths(1, reach.tokens)
+
+
+def lucidrains_causal(reach: Reach) -> Lengths:
+    """N_loc = 1, N_lin = c whatever the number of chunks, so that the linear part grows with the position."""
+    return Lengths(1, reach.chunk)
+
+
+def unnormalised(reach: Reach) -> Lengths:
+    """N_loc = N_lin = 1."""
+    return Lengths(1, 1)
+
+
+def visible(reach: Reach) -> Lengths:
+    """N_loc = the visible keys of the row's chunk, N_lin = the visible keys of the chunks read; padding never counts.
+
+    Source: a correction of article 8934, which notes that the paper neglects padding.
+    """
+    return Lengths(reach.local, reach.linear)
+
+
+def identity(scores: Shaped[np.ndarray, "*s"], mask: Shaped[np.ndarray, "..."] | None) -> Float[np.ndarray, "*s"]:
+    """An attention kernel whose weight is the score itself; masked weights are 0.
+
+    C1. With q_quad = q_lin and k_quad = k_lin, causal_strict un-normalised must then not depend on c.
+    Source: the fast weight layers of google-research, which quote the operator with this kernel.
+    """
+    scores = check.real("mixed_chunk_attention.identity", "scores", scores)
+    return scores if mask is None else scores * check.boolean("mixed_chunk_attention.identity", "mask", mask)
+
+
+def same_document(segments: Int[np.ndarray, "*_b _G _c"]) -> Documents:
+    """Exact separation: a token reads its own segment id only, in its chunk and in every sum.
+
+    C1. Editing one document must move another by exactly 0.
+    C2. Chunks must keep their global borders: a document that starts at a multiple of c equals the document alone,
+        another does not.
+    """
+    member = segments[..., None] == np.unique(segments)
+    return Documents(member, np.ones(segments.shape[:-1] + segments.shape[-2:-1], dtype=np.bool_))
+
+
+def overlapping_chunks(segments: Int[np.ndarray, "*_b _G _c"]) -> Documents:
+    """The paper's separation: chunk g reads S_h where the ranges [least id, largest id] of both chunks meet.
+
+    C1. Neither the own chunk nor a chunk that holds a border may be split: there one document moves the other.
+    C2. Ids must not decrease along the tokens for ranges to mean documents; the ids of masked tokens count.
+    Source: segment_ids_to_mask in the pseudo-code of arXiv:2202.10447.
+    """
+    low, high = segments.min(axis=-1), segments.max(axis=-1)
+    reads = (low[..., :, None] <= high[..., None, :]) & (high[..., :, None] >= low[..., None, :])
+    return Documents(np.ones(segments.shape + (1,), dtype=np.bool_), reads)
+
+
+def bidirectional(
+    q_quad: Shaped[np.ndarray, "*b n s"],
+    k_quad: Shaped[np.ndarray, "..."],
+    q_lin: Shaped[np.ndarray, "..."],
+    k_lin: Shaped[np.ndarray, "..."],
+    v: Shaped[np.ndarray, "..."],
+    key_mask: Shaped[np.ndarray, "..."] | None = None,
+    segments: Shaped[np.ndarray, "..."] | None = None,
+    bias: Shaped[np.ndarray, "..."] | None = None,
+    *,
+    chunk: int,
+    scale: float,
+    kernel: Callable[..., np.ndarray],
+    normaliser: Callable[[Reach], Lengths],
+    documents: Callable[[np.ndarray], Documents] | None = None,
+) -> Float[np.ndarray, "*b n _"]:
+    """Every token reads its own chunk quadratically and the sums of all chunks, its own included, linearly.
+
+    o_i = (1/N_loc) Σ_(j in chunk of i) kernel(scale q_quad_i·k_quad_j + bias_ij) v_j + (1/N_lin) q_lin_i Σ_(all h) S_h
+
+    C1. Must equal the dense operator with these weights on every pair of tokens.
+    C2. Masked keys and the padded tail must have weight 0 after the kernel and be absent from S_h: a bias, or a kernel
+        with kernel(0) != 0, must not bring them back. Queries are not masked.
+    C3. `normaliser` must be given the counts of `Reach`; a part whose length is 0 must be 0, never NaN.
+    C4. `segments` and `documents` come together; a token kept apart must be neither read nor counted.
+    C5. `bias` (c, c) must be added after the scale and before the kernel, by positions inside the chunk.
+    Raises: ShapeError for shapes that do not fit; DomainError for chunk < 1, NaN or infinity, a mask that is not
+        boolean, segments that are not integers, or only one of segments and documents.
+    Precision: sums of products in any order, against the same sums of absolute values; the local part as its kernel.
+    Source: arXiv:2202.10447, section 3.3 and pseudo-code.
+    Differs: FLASH-pytorch with reduce_group_non_causal_attn=False reads its own S_g only, still divided by n.
+    """
+    op = "mixed_chunk_attention.bidirectional"
+    given = _checked(op, q_quad, k_quad, q_lin, k_lin, v, key_mask, segments, bias, chunk, scale, documents)
+    return _mix(given, _all, _all, chunk, scale, kernel, normaliser, documents)
+
+
+def causal(
+    q_quad: Shaped[np.ndarray, "*b n s"],
+    k_quad: Shaped[np.ndarray, "..."],
+    q_lin: Shaped[np.ndarray, "..."],
+    k_lin: Shaped[np.ndarray, "..."],
+    v: Shaped[np.ndarray, "..."],
+    key_mask: Shaped[np.ndarray, "..."] | None = None,
+    segments: Shaped[np.ndarray, "..."] | None = None,
+    bias: Shaped[np.ndarray, "..."] | None = None,
+    *,
+    chunk: int,
+    scale: float,
+    kernel: Callable[..., np.ndarray],
+    normaliser: Callable[[Reach], Lengths],
+    documents: Callable[[np.ndarray], Documents] | None = None,
+) -> Float[np.ndarray, "*b n _"]:
+    """Every token reads its chunk up to itself quadratically and the sums of strictly earlier chunks linearly.
+
+    o_i = (1/N_loc) Σ_(j <= i in chunk g) kernel(...)_ij v_j + (1/N_lin) q_lin_i Σ_(h < g) S_h
+
+    C1. Changing tokens from t on must leave every output before t bit-identical, inside the chunk of t too.
+    C2. The prefix of sums must be exclusive, since S_g holds later tokens; the first chunk's linear part must be 0.
+    C3. c >= n must be purely quadratic; c = 1 must be a diagonal plus an exclusive linear attention.
+    C4. Otherwise as `bidirectional`.
+    Raises, Precision, Source: as `bidirectional`.
+    Differs: a PyTorch transcription of the pseudo-code accumulates inclusively and keeps the upper triangle.
+    """
+    op = "mixed_chunk_attention.causal"
+    given = _checked(op, q_quad, k_quad, q_lin, k_lin, v, key_mask, segments, bias, chunk, scale, documents)
+    return _mix(given, _lower, _strictly_lower, chunk, scale, kernel, normaliser, documents)
+
+
+def causal_strict(
+    q_quad: Shaped[np.ndarray, "*b n s"],
+    k_quad: Shaped[np.ndarray, "..."],
+    q_lin: Shaped[np.ndarray, "..."],
+    k_lin: Shaped[np.ndarray, "..."],
+    v: Shaped[np.ndarray, "..."],
+    key_mask: Shaped[np.ndarray, "..."] | None = None,
+    segments: Shaped[np.ndarray, "..."] | None = None,
+    bias: Shaped[np.ndarray, "..."] | None = None,
+    *,
+    chunk: int,
+    scale: float,
+    kernel: Callable[..., np.ndarray],
+    normaliser: Callable[[Reach], Lengths],
+    documents: Callable[[np.ndarray], Documents] | None = None,
+) -> Float[np.ndarray, "*b n _"]:
+    """As `causal`, but no token reads itself: the local sum runs over j < i.
+
+    C1. The first output must be 0, and no output may depend on its own token's key or value.
+    Source: the fast weight layers of google-research, where v_j is a gradient known only after step j.
+    """
+    op = "mixed_chunk_attention.causal_strict"
+    given = _checked(op, q_quad, k_quad, q_lin, k_lin, v, key_mask, segments, bias, chunk, scale, documents)
+    return _mix(given, _strictly_lower, _strictly_lower, chunk, scale, kernel, normaliser, documents)
+
+
+def initial_state(*, batch: tuple[int, ...], s: int, e: int) -> State:
+    """The state before the first token: nothing summed, nothing buffered."""
+    none, valid = np.zeros(batch + (0, s)), np.zeros(batch + (0,), dtype=np.bool_)
+    return State(np.zeros(batch + (s, e)), 0, valid.sum(axis=-1), none, none, np.zeros(batch + (0, e)), valid)
+
+
+def step(
+    state: State,
+    q_quad: Shaped[np.ndarray, "*b n s"],
+    k_quad: Shaped[np.ndarray, "..."],
+    q_lin: Shaped[np.ndarray, "..."],
+    k_lin: Shaped[np.ndarray, "..."],
+    v: Shaped[np.ndarray, "..."],
+    key_mask: Shaped[np.ndarray, "..."] | None = None,
+    bias: Shaped[np.ndarray, "..."] | None = None,
+    *,
+    chunk: int,
+    scale: float,
+    kernel: Callable[..., np.ndarray],
+    normaliser: Callable[[Reach], Lengths],
+) -> tuple[Float[np.ndarray, "*b n _"], State]:
+    """The outputs of the next n tokens of a causal stream and the state after them; n may be any number, 0 too.
+
+    C1. However the sequence is split into blocks, the outputs must be those of `causal` on the whole.
+    C2. A complete chunk must be added to S and leave the buffer; f = tokens mod c stay behind.
+    C3. The given state must not be changed. Positions, hence RoPE, go on from block to block.
+    Raises: as `causal`, and ShapeError for a state that does not fit.
+    Precision: as `causal`; a state rounded to a storage type adds one unit of it per chunk.
+    Source: https://kexue.fm/archives/8934. A packed document is a stream of its own.
+    """
+    op = "mixed_chunk_attention.step"
+    new = _checked(op, q_quad, k_quad, q_lin, k_lin, v, key_mask, None, bias, chunk, scale, None)
+    b, (s, e), f = new.v.shape[:-2], (new.q_lin.shape[-1], new.v.shape[-1]), state.v.shape[-2]
+    fits = state.summary.shape == b + (s, e) and state.k_lin.shape == b + (f, s) and f < chunk
+    check.shape(op, fits, f"a state of {b} + (s, e) = {(s, e)}, buffer below {chunk}", S=state.summary, buffer=state.v)
+    # Buffered rows were answered before: zeros stand in for their queries, and their outputs are dropped.
+    k_quad, k_lin = _joined(state.k_quad, new.k_quad), _joined(state.k_lin, new.k_lin)
+    q_quad, q_lin = _joined(np.zeros_like(state.k_quad), new.q_quad), _joined(np.zeros_like(state.k_lin), new.q_lin)
+    v, valid = _joined(state.v, new.v), np.concatenate([state.valid, new.valid], axis=-1)
+    whole = _Given(q_quad, k_quad, q_lin, k_lin, v, valid, None, new.bias)
+    out = _mix(whole, _lower, _strictly_lower, chunk, scale, kernel, normaliser, past=state)[..., f:, :]
+    full = v.shape[-2] // chunk * chunk
+    keys = k_lin[..., :full, :] * valid[..., :full, None]
+    summary = state.summary + keys.swapaxes(-1, -2) @ v[..., :full, :]
+    counted = state.counted + valid[..., :full].sum(axis=-1)
+    k_quad, k_lin, v, valid = k_quad[..., full:, :], k_lin[..., full:, :], v[..., full:, :], valid[..., full:]
+    return out, State(summary, state.chunks + full // chunk, counted, k_quad, k_lin, v, valid)
+
+
+def scale_offset_heads(
+    z: Shaped[np.ndarray, "*b n s"],
+    gamma: Shaped[np.ndarray, "..."],
+    beta: Shaped[np.ndarray, "..."],
+    *,
+    rows: tuple[int, ...],
+) -> Heads:
+    """The four heads of one shared projection, each with a scale and an offset of its own.
+
+    head = γ_r ⊙ z + β_r,   r = the row that `rows` names for (q_quad, k_quad, q_lin, k_lin)
+
+    C1. Rows must be taken in the order of `rows`, which names each of the four once.
+    Raises: ShapeError unless gamma and beta are (4, s); DomainError unless rows is a permutation of 0 ... 3.
+    Precision: as gau.scale_offset.
+    Source: the pseudo-code of arXiv:2202.10447 (ROWS_PAPER).
+    Differs: FLASH-pytorch stores (q_quad, q_lin, k_quad, k_lin), ROWS_LUCIDRAINS.
+    """
+    op = "mixed_chunk_attention.scale_offset_heads"
+    gamma, beta = check.real(op, "gamma", gamma), check.real(op, "beta", beta)
+    fits = gamma.ndim == 2 and gamma.shape[0] == 4 and gamma.shape == beta.shape
+    check.shape(op, fits, "gamma and beta of shape (4, s)", gamma=gamma, beta=beta)
+    check.domain(op, sorted(rows) == [0, 1, 2, 3], "rows that are a permutation of (0, 1, 2, 3)", rows=rows)
+    return Heads(*(gau.scale_offset(z, gamma[r], beta[r]) for r in rows))
+
+
+def unit(
+    x: Shaped[np.ndarray, "*b n d"],
+    key_mask: Shaped[np.ndarray, "..."] | None,
+    segments: Shaped[np.ndarray, "..."] | None,
+    bias: Shaped[np.ndarray, "..."] | None,
+    positions: Shaped[np.ndarray, "..."] | None,
+    frequencies: Shaped[np.ndarray, " r"] | None,
+    w_in: Shaped[np.ndarray, "..."],
+    b_in: Shaped[np.ndarray, "..."] | None,
+    gamma: Shaped[np.ndarray, "..."],
+    beta: Shaped[np.ndarray, "..."],
+    w_out: Shaped[np.ndarray, "..."],
+    b_out: Shaped[np.ndarray, "..."] | None,
+    *,
+    mix: Callable[..., np.ndarray],
+    rotate: Callable[..., np.ndarray],
+    rows: tuple[int, ...],
+    chunk: int,
+    scale: float,
+    kernel: Callable[..., np.ndarray],
+    normaliser: Callable[[Reach], Lengths],
+    documents: Callable[[np.ndarray], Documents] | None = None,
+) -> Float[np.ndarray, "*b n _"]:
+    """The FLASH layer without its norm and residual: a gated attention unit over mixed chunk attention.
+
+    o = (u ⊙ mix(heads, v)) W_out + b_out,   [u | v | z] = silu(x W_in + b_in),   heads = R(scale_offset_heads(z))
+
+    C1. All four heads must be rotated, at the positions of the whole sequence, not of the chunk; u and v never are.
+        positions = None must rotate nothing.
+    C2. `mix` is bidirectional, causal or causal_strict, and must be given key_mask, segments and bias.
+    C3. Columns and activation as gau.parts; u must multiply before W_out.
+    Raises: ShapeError and DomainError as the functions it is made of.
+    Precision: chained: dense, silu, rotation, mix, gate, dense.
+    Source: the pseudo-code of arXiv:2202.10447; https://kexue.fm/archives/8934.
+    Differs: FLASH-pytorch projects [v | u] by one matrix and z by another. It and the paper normalise before the unit,
+        the article after the residual. The paper rotates half-split, FLASH-pytorch interleaved on 32 features.
+    """
+    u, v, z = gau.parts(x, w_in, b_in, key_width=np.shape(gamma)[-1] if np.ndim(gamma) else 0)
+    heads = scale_offset_heads(z, gamma, beta, rows=rows)
+    if positions is not None:
+        turn = rope.angles(positions, frequencies)
+        heads = Heads(*(rotate(head, turn) for head in heads))
+    options = {"chunk": chunk, "scale": scale, "kernel": kernel, "normaliser": normaliser, "documents": documents}
+    return project(u * mix(*heads, v, key_mask, segments, bias, **options), w_out, b_out)
+
+
+class _Given(NamedTuple):
+    q_quad: np.ndarray
+    k_quad: np.ndarray
+    q_lin: np.ndarray
+    k_lin: np.ndarray
+    v: np.ndarray
+    valid: np.ndarray
+    segments: np.ndarray | None
+    bias: np.ndarray | None
+
+
+def _checked(
+    op: str,
+    q_quad: np.ndarray,
+    k_quad: np.ndarray,
+    q_lin: np.ndarray,
+    k_lin: np.ndarray,
+    v: np.ndarray,
+    key_mask: np.ndarray | None,
+    segments: np.ndarray | None,
+    bias: np.ndarray | None,
+    chunk: int,
+    scale: float,
+    documents: Callable[[np.ndarray], Documents] | None,
+) -> _Given:
+    named = {"q_quad": q_quad, "k_quad": k_quad, "q_lin": q_lin, "k_lin": k_lin, "v": v}
+    q_quad, k_quad, q_lin, k_lin, v = heads = [check.real(op, name, array) for name, array in named.items()]
+    one_shape = q_quad.ndim >= 2 and q_quad.shape == k_quad.shape == q_lin.shape == k_lin.shape
+    fits = one_shape and v.ndim == q_quad.ndim and v.shape[:-1] == q_quad.shape[:-1]
+    check.shape(op, fits, "four heads of one shape (..., n, s), v (..., n, e)", **dict(zip(named, heads, strict=True)))
+    check.domain(op, chunk >= 1, "chunk >= 1", chunk=chunk)
+    check.domain(op, math.isfinite(scale), "a finite scale", scale=scale)
+    check.domain(op, (segments is None) == (documents is None), "segments and documents together", documents=documents)
+    valid = np.ones(v.shape[:-1], dtype=np.bool_) if key_mask is None else check.boolean(op, "key_mask", key_mask)
+    valid = _per_token(op, "key_mask", valid, v)
+    if segments is not None:
+        segments = _per_token(op, "segments", check.integer(op, "segments", segments), v)
+    if bias is not None:
+        bias = check.real(op, "bias", bias)
+        check.shape(op, bias.shape == (chunk, chunk), f"bias of shape {(chunk, chunk)}", bias=bias)
+    return _Given(q_quad, k_quad, q_lin, k_lin, v, valid, segments, bias)
+
+
+def _per_token(op: str, name: str, array: np.ndarray, v: np.ndarray) -> np.ndarray:
+    expected = f"{name} that broadcasts to the tokens {v.shape[:-1]}"
+    common = check.broadcast(op, expected, **{name: array[..., None], "v": v})
+    check.shape(op, common == v.shape and array.ndim >= 1, expected, **{name: array}, v=v)
+    return np.broadcast_to(array, v.shape[:-1])
+
+
+def _mix(
+    given: _Given,
+    within: Callable[[int], np.ndarray],
+    across: Callable[[int], np.ndarray],
+    chunk: int,
+    scale: float,
+    kernel: Callable[..., np.ndarray],
+    normaliser: Callable[[Reach], Lengths],
+    documents: Callable[[np.ndarray], Documents] | None = None,
+    past: State | None = None,
+) -> np.ndarray:
+    n = given.v.shape[-2]
+    if n == 0:
+        return np.zeros_like(given.v)
+    q_quad, k_quad, q_lin, k_lin, v = (_chunks(x, chunk, np.zeros_like) for x in given[:5])
+    valid = _chunks(given.valid[..., None], chunk, np.zeros_like)[..., 0]
+    g = v.shape[-3]
+    if given.segments is None or documents is None:
+        member, reads = np.ones((g, chunk, 1), dtype=np.bool_), across(g)
+    else:
+        # The tail repeats the last id, so that it neither is a document nor widens the range of its chunk.
+        member, reads = documents(_chunks(given.segments[..., None], chunk, np.copy)[..., 0])
+        reads = reads & across(g)
+    mask = within(chunk) & np.any(member[..., :, None, :] & member[..., None, :, :], axis=-1) & valid[..., None, :]
+    scores = scale * (q_quad @ k_quad.swapaxes(-1, -2))
+    local = kernel(scores if given.bias is None else scores + given.bias, mask) @ v
+    # One block of s features per document: a document's sum meets only the queries of its own members.
+    counted = member & valid[..., None]
+    sums = _spread(counted, k_lin).swapaxes(-1, -2) @ v
+    carried = (reads @ sums.reshape(sums.shape[:-2] + (-1,))).reshape(sums.shape)
+    linear = (member * (reads.astype(int) @ counted.sum(axis=-2))[..., None, :]).sum(axis=-1)
+    chunks = (member * (reads.astype(int) @ member.any(axis=-2).astype(int))[..., None, :]).sum(axis=-1)
+    if past is not None:
+        carried = carried + past.summary[..., None, :, :]
+        linear, chunks, n = linear + past.counted[..., None, None], chunks + past.chunks, n + past.chunks * chunk
+    lengths = normaliser(Reach(chunk, n, np.broadcast_to(chunks, valid.shape), mask.sum(axis=-1), linear))
+    mixed = _over(local, lengths.local) + _over(_spread(member, q_lin) @ carried, lengths.linear)
+    return mixed.reshape(mixed.shape[:-3] + (g * chunk, -1))[..., : given.v.shape[-2], :]
+
+
+def _all(size: int) -> np.ndarray:
+    return np.ones((size, size), dtype=np.bool_)
+
+
+def _lower(size: int) -> np.ndarray:
+    return np.tri(size, dtype=np.bool_)
+
+
+def _strictly_lower(size: int) -> np.ndarray:
+    return np.tri(size, k=-1, dtype=np.bool_)
+
+
+def _chunks(x: np.ndarray, chunk: int, fill: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+    # (..., n, f) to (..., G, c, f); `fill` makes the padding out of repeated last rows.
+    tail = fill(np.repeat(x[..., -1:, :], -x.shape[-2] % chunk, axis=-2))
+    return _joined(x, tail).reshape(x.shape[:-2] + (-1, chunk, x.shape[-1]))
+
+
+def _joined(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    return np.concatenate([first, second], axis=-2)
+
+
+def _spread(member: np.ndarray, x: np.ndarray) -> np.ndarray:
+    # (..., c, D) and (..., c, s) to (..., c, D s).
+    wide = member[..., :, None] * x[..., None, :]
+    return wide.reshape(wide.shape[:-2] + (-1,))
+
+
+def _over(total: np.ndarray, length: np.ndarray | int) -> np.ndarray:
+    length = np.asarray(length)[..., None]
+    return total * (length > 0) / (length + (length == 0))
