@@ -330,7 +330,7 @@ def einsum(subscripts: str, *operands: Any, length: int | None = None) -> Ball:
         sizes = {
             letter: size
             for term, ball in zip(inputs.split(","), balls, strict=True)
-            for letter, size in zip(term.replace("...", ""), ball.shape[-len(term.replace("...", "")) or ball.ndim :])
+            for letter, size in _sizes(term, ball.shape)
         }
         length = sum(size for letter, size in sizes.items() if letter not in output) + len(balls) - 1
     magnitudes = [b.magnitude for b in balls]
@@ -341,6 +341,11 @@ def einsum(subscripts: str, *operands: Any, length: int | None = None) -> Ball:
             rad = rad + _plain(subscripts, [*magnitudes[:i], ball.rad, *magnitudes[i + 1 :]])
     mid = _plain(subscripts, [b.mid for b in balls])
     return _contracted(mid, rad, total, length, max(len(balls) - 1, 1), arithmetic)
+
+
+def _sizes(term: str, shape: tuple[int, ...]) -> list[tuple[str, int]]:
+    letters = term.replace("...", "")
+    return list(zip(letters, shape[len(shape) - len(letters) :], strict=True))
 
 
 def _plain(subscripts: str, arrays: list[np.ndarray]) -> np.ndarray:

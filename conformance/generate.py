@@ -61,7 +61,7 @@ class Draw:
         return self.grid(*shape, low=-1, high=1, exponent=exponent)
 
     def dense(self, *shape: int, bits: int = 24, exponent: int = 0) -> np.ndarray:
-        """float64 in [-1, 1) times 2^exponent with `bits` significant bits: 24 is exact from float32, 53 only in float64."""
+        """float64 in [-1, 1) times 2^exponent with `bits` bits: 24 is exact from float32 on, 53 only in float64."""
         count = int(np.prod(shape))
         whole = (self.words(count) >> np.uint64(64 - bits)).astype(np.int64).reshape(shape)
         return np.ldexp(whole.astype(np.float64), 1 - bits + exponent) - np.ldexp(1.0, exponent)
@@ -86,7 +86,7 @@ def drawn(
 ) -> SearchStrategy[Case]:
     """Cases whose arguments are build(draw, **parameters): Hypothesis draws and shrinks a seed and the parameters.
 
-    Float arrays are rounded to the profile's storage format, so that the implementation and the reference see one input.
+    Float arrays are rounded to the storage format of the profile: implementation and reference see one input.
     """
     from hypothesis import strategies as st
 

@@ -42,7 +42,7 @@ class Output:
 
 
 def call(implementation: Function, case: Case) -> tuple[np.ndarray, ...]:
-    """Call an implementation on a case; what it returns is copied as float64, its arguments must come back unmodified."""
+    """Call an implementation on a case: copies of its results as float64; its arguments must come back unmodified."""
     arguments = storage_arguments(case)
     kept = {k: v.copy() for k, v in arguments.items() if isinstance(v, np.ndarray)}
     # Freed memory full of NaN: a result that was never written shows.
@@ -52,7 +52,9 @@ def call(implementation: Function, case: Case) -> tuple[np.ndarray, ...]:
     outputs = tuple(np.array(np.asarray(r), dtype=np.float64) for r in returned)
     for name, before in kept.items():
         if arguments[name].tobytes() != before.tobytes():
-            raise LawFailed(f"{case.op} case {case.name} ({case.profile}): the argument {name} was modified by the call")
+            raise LawFailed(
+                f"{case.op} case {case.name} ({case.profile}): the argument {name} was modified by the call"
+            )
     for result in returned:
         # A cached buffer handed out twice would come back poisoned.
         if isinstance(result, np.ndarray) and result.flags.writeable and result.dtype.kind == "f":
@@ -91,7 +93,9 @@ def close(law: str, case: Case, actual: Any, expected: Any, tolerance: Any) -> N
         excess = np.where(same, 0.0, np.abs(actual - expected) - tolerance)
     bad = (excess > 0) | (np.isnan(excess) & ~np.isinf(tolerance)) | (np.isnan(actual) & ~np.isnan(expected))
     if bad.any():
-        index = tuple(int(i) for i in np.unravel_index(np.argmax(np.where(bad, np.nan_to_num(excess, nan=np.inf), -1)), bad.shape))
+        index = tuple(
+            int(i) for i in np.unravel_index(np.argmax(np.where(bad, np.nan_to_num(excess, nan=np.inf), -1)), bad.shape)
+        )
         raise LawFailed(
             f"{case.op} law {law} ({case.profile}): out{list(index)}={actual[index]:.6g}, should be "
             f"{expected[index]:.6g} within {tolerance[index]:.2g}; {int(bad.sum())} of {bad.size} elements differ"

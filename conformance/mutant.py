@@ -25,6 +25,7 @@ class Mutant:
 
     bug: what is wrong, in words that a report can quote. url: the public thread of a museum piece.
     equivalent: a proof, where the mutant is in truth the same function (survivors are declared last).
+    precision: the formula is right and the arithmetic too coarse (a 16-bit state), so a failure is one of precision.
     """
 
     op: str
@@ -32,6 +33,10 @@ class Mutant:
     call: Function = field(repr=False)
     url: str = ""
     equivalent: str = ""
+    precision: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.bug} ({self.url})" if self.url else self.bug
 
 
 def mutants(op: str | None = None) -> Iterable[Mutant]:
@@ -67,9 +72,7 @@ def kills(mutant: Mutant, vectors: list[Vector], profile: Profile, examples: int
     by_vectors = [
         v.case.name
         for v in vectors
-        if v.case.op == mutant.op
-        and profile.dtype in v.case.dtypes
-        and judge("mutant", in_storage, v, profile).failed
+        if v.case.op == mutant.op and profile.dtype in v.case.dtypes and judge("mutant", in_storage, v, profile).failed
     ]
     module = families()[mutant.op.split(".")[0]]
     by_laws = [

@@ -183,14 +183,16 @@ def dump(description: dict[str, Any]) -> str:
     return json.dumps(head, indent=1, sort_keys=True)[:-2] + ',\n "cases": [\n  ' + lines + "\n ]\n}\n"
 
 
-def regenerate(folder: Path = FOLDER, progress: Callable[[str], None] | None = None) -> list[str]:
-    """Rebuild the corpus beside `folder` and put it in place when whole; the files that changed are returned."""
+def regenerate(
+    folder: Path = FOLDER, *, keep: bool = False, progress: Callable[[str], None] | None = None
+) -> list[str]:
+    """Rebuild the corpus beside `folder`; unless `keep`, put it in place when whole. Returns the files that differ."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     fresh = Path(tempfile.mkdtemp(prefix=".vectors-", dir=folder.parent))
     try:
         (fresh / "manifest.json").write_text(dump(generate(fresh, progress=progress)))
         changed = differences(folder, fresh)
-        if changed:
+        if changed and not keep:
             old = fresh.with_name(fresh.name + "-old")
             if folder.exists():
                 os.replace(folder, old)

@@ -17,7 +17,7 @@ import numpy as np
 from conformance.budget import PROFILES, Profile, round_to
 from conformance.case import OPERATORS, Case, Function, Unsupported, as_tuple
 from conformance.law import LawFailed, call
-from conformance.mutant import mutants
+from conformance.mutant import Mutant, mutants
 from conformance.vectors import Vector
 
 OUTCOMES = ("pass", "precision", "logic", "unverifiable", "skipped", "errored")
@@ -78,7 +78,9 @@ def compare(outputs: Sequence[np.ndarray], vector: Vector, profile: Profile, *, 
     bounds = vector.bounds[str(profile)]
     worst, message, elements, unverifiable = 0.0, "", 0, 0
     if len(outputs) != len(vector.expected):
-        return Comparison(np.inf, 0, 0, f"{len(outputs)} results, expected {len(vector.expected)} ({', '.join(vector.expected)})")
+        return Comparison(
+            np.inf, 0, 0, f"{len(outputs)} results, expected {len(vector.expected)} ({', '.join(vector.expected)})"
+        )
     for (name, expected), out in zip(vector.expected.items(), outputs, strict=True):
         if out.shape != expected.shape:
             return Comparison(np.inf, 0, 0, f"{name} has shape {out.shape}, expected {expected.shape}")
@@ -157,16 +159,16 @@ def judge(implementation: str, function: Function, vector: Vector, declared: Pro
     return replace(verdict, outcome="logic")
 
 
-def diagnose(failures: Sequence[tuple[Verdict, Vector]]) -> tuple[str, ...]:
+def diagnose(failures: Sequence[tuple[Verdict, Vector]]) -> tuple[Mutant, ...]:
     """Known bugs of one operator whose output equals the implementation's on every failing case."""
     compared = [(v, vector) for v, vector in failures if v.outputs]
     if not compared:
         return ()
-    named = []
-    for mutant in mutants(compared[0][0].op):
-        if all(_equals(mutant.call, verdict, vector) for verdict, vector in compared):
-            named.append(f"{mutant.bug} ({mutant.url})" if mutant.url else mutant.bug)
-    return tuple(named)
+    return tuple(
+        mutant
+        for mutant in mutants(compared[0][0].op)
+        if all(_equals(mutant.call, verdict, vector) for verdict, vector in compared)
+    )
 
 
 def _equals(mutant: Function, verdict: Verdict, vector: Vector) -> bool:
@@ -175,7 +177,9 @@ def _equals(mutant: Function, verdict: Verdict, vector: Vector) -> bool:
     case = vector.case
     try:
         with np.errstate(all="ignore"):
-            outputs = as_tuple(mutant(**{k: v.copy() if isinstance(v, np.ndarray) else v for k, v in case.arguments.items()}))
+            outputs = as_tuple(
+                mutant(**{k: v.copy() if isinstance(v, np.ndarray) else v for k, v in case.arguments.items()})
+            )
             observe = OPERATORS()[case.op].observe
             if observe is not None:
                 outputs = as_tuple(observe(case.arguments, outputs))
@@ -186,7 +190,11 @@ def _equals(mutant: Function, verdict: Verdict, vector: Vector) -> bool:
         wrong = np.asarray(wrong, np.float64)
         if wrong.shape != out.shape:
             return False
-        scale = 2 * profile.storage * (np.abs(wrong) + float(np.abs(np.where(np.isfinite(wrong), wrong, 0)).max(initial=0.0)) / 8)
+        scale = (
+            2
+            * profile.storage
+            * (np.abs(wrong) + float(np.abs(np.where(np.isfinite(wrong), wrong, 0)).max(initial=0.0)) / 8)
+        )
         with np.errstate(invalid="ignore"):
             near = np.abs(out - wrong) <= 2 * vector.bounds[str(profile)][name] + scale
         if not (near | (out == wrong) | (np.isnan(out) & np.isnan(wrong))).all():
@@ -224,7 +232,11 @@ def check_law(implementation: str, function: Function, law: Any, op: str, profil
     except LawFailed as fault:
         return replace(verdict, outcome="logic", message=f"{fault}. Smallest case: {describe(seen[-1])}")
     except Exception as error:
-        return replace(verdict, outcome="errored", message=f"{type(error).__name__}: {error}. Case: {describe(seen[-1]) if seen else '-'}")
+        return replace(
+            verdict,
+            outcome="errored",
+            message=f"{type(error).__name__}: {error}. Case: {describe(seen[-1]) if seen else '-'}",
+        )
     return verdict
 
 
@@ -233,7 +245,11 @@ def describe(case: Case) -> str:
     parts = []
     for name, value in case.arguments.items():
         if isinstance(value, np.ndarray):
-            text = np.array2string(value, separator=",", threshold=12).replace("\n", "") if value.size <= 12 else f"array{value.shape}"
+            text = (
+                np.array2string(value, separator=",", threshold=12).replace("\n", "")
+                if value.size <= 12
+                else f"array{value.shape}"
+            )
             parts.append(f"{name}={text}")
         else:
             parts.append(f"{name}={value!r}")

@@ -16,7 +16,7 @@ GROUP = "refimpl.commands."
 # What the command line itself is made of stands in this extra.
 COMMAND_LINE_EXTRA = "conformance"
 # Exit status: 0 nothing failed, 1 something failed, 2 the command could not do its work.
-UNABLE = 2
+UNABLE = 1
 
 ABOUT = """One NumPy definition of every operator of RoFormer, GAU, FLASH, LoRA, CAN and whitening, and a judge \
 that says which implementations are right, which convention they follow and how far off they are."""
@@ -92,11 +92,13 @@ def _load(typer: Any, name: str, entry: metadata.EntryPoint, extra: str) -> Any:
 
 def _stub(typer: Any, name: str, reason: str, extra: str) -> Any:
     """Stands in for a sub-command that cannot be imported: takes any argument and says what to install."""
-    app = typer.Typer(add_completion=False)
+    # Unescaped, the help printer takes [extra] for a style.
+    remedy = _remedy(extra).replace("[", r"\[")
+    app = typer.Typer(add_completion=False, rich_markup_mode="rich")
 
     @app.command(
         name,
-        help=f"Not installed. {_remedy(extra)}",
+        help=f"Not installed. {remedy}",
         context_settings={"ignore_unknown_options": True, "allow_extra_args": True},
         add_help_option=False,
     )
@@ -137,7 +139,9 @@ def _extra_that_brings(module: str) -> str | None:
     for line in metadata.requires("refimpl") or []:
         if match := re.match(r"([\w.-]+).*;.*extra == ['\"]([\w-]+)['\"]", line):
             extras.setdefault(match[2], []).append(match[1].replace("_", "-").lower())
-    return min((extra for extra, names in extras.items() if package in names), key=lambda e: len(extras[e]), default=None)
+    return min(
+        (extra for extra, names in extras.items() if package in names), key=lambda e: len(extras[e]), default=None
+    )
 
 
 if __name__ == "__main__":

@@ -53,5 +53,7 @@ def load(name: str) -> tuple[Implementation, ...]:
         loaded = importlib.import_module(f"conformance.adapters.{module}")
         made: tuple[Implementation, ...] = loaded.implementations()
     except ImportError as error:
-        raise AdapterError(f"adapter {name}: {error.name or error} is not installed; pip install 'refimpl[{extra}]'") from None
+        raise AdapterError(
+            f"adapter {name}: {error.name or error} is not installed; pip install 'refimpl[{extra}]'"
+        ) from None
     return made

@@ -165,7 +165,11 @@ def working_precision(dtype: str, order: str, *, eager: bool) -> Iterator[None]:
         if isinstance(values, Working):
             return values
         # Angles below float32 are not an implementation of RoPE, whatever the storage format.
-        angle = operation.startswith(("rope.angles", "rope.frequencies")) or name in ("angles", "frequencies", "positions")
+        angle = operation.startswith(("rope.angles", "rope.frequencies")) or name in (
+            "angles",
+            "frequencies",
+            "positions",
+        )
         return np.asarray(values).astype(compute).view(exact if angle else rounded)
 
     check.real = real

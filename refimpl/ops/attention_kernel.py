@@ -92,7 +92,8 @@ def squared_relu_visible(
     C2. A row without a visible key must be all zeros; without a mask n_i is m.
     C3. Negative scores must give exactly 0; rows are not normalised to 1.
     Raises: as `softmax`.
-    Precision: an interval, [max(s - e, 0)², max(s + e, 0)²] for a score error e; small scores underflow in float16.
+    Precision: an interval, [max(s - e, 0)², max(s + e, 0)²] for a score error e; small scores underflow in float16,
+        visible scores beyond 1e154 overflow in float64.
     Source: https://kexue.fm/archives/8934; bert4keras (normalization = squared_relu).
     Differs: `squared_relu_array`, `squared_relu_constant`.
     """
@@ -173,12 +174,15 @@ def _lengths(mask: np.ndarray) -> np.ndarray:
 
 def _softmax(scores: np.ndarray, mask: np.ndarray) -> np.ndarray:
     top = scores.max(axis=-1, keepdims=True, where=mask, initial=-np.inf)
-    # A masked score may exceed `top`; the minimum keeps its exponential finite until the mask removes it.
-    weights = np.exp(np.minimum(scores - top, 0)) * mask
+    # A difference beyond float64 has the exponential 0. A masked score may exceed `top`: the minimum keeps its
+    # exponential finite until the mask removes it.
+    with np.errstate(over="ignore"):
+        weights = np.exp(np.minimum(scores - top, 0)) * mask
     total = weights.sum(axis=-1, keepdims=True)
     # Only a fully masked row has total 0; 0/1 is its defined result.
     return weights / (total + (total == 0))
 
 
 def _squared_relu(scores: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    return np.square(np.maximum(scores, 0)) * mask
+    # Before the square, so that no masked score can overflow.
+    return np.square(np.maximum(scores, 0) * mask)

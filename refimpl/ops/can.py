@@ -19,7 +19,7 @@ OFFICIAL_EPSILON = 1e-10
 # Elements of the (confident rows, block of uncertain rows) array that the batched form holds at once: 32 MiB.
 BLOCK_ELEMENTS = 2**22
 # Factors of a row that leave the frame of the confident rows by more than this are handed to the loop.
-FRAME_LIMIT = 1e-100
+FRAME_LIMIT = 2.0**-100
 
 
 class Adjusted(NamedTuple):
@@ -183,8 +183,9 @@ def alternating_normalization(
             column, scaled, row = totals, scale[part] ** alpha, rows[part] ** alpha
             if round_ > 0:
                 reach = (frame @ scale[part].T) ** alpha
-                beyond[part] |= np.asarray(reach < FRAME_LIMIT)[alive].any(axis=0)
-                column = scaled * (_ratio(1.0, reach).T @ powered)
+                near = reach >= FRAME_LIMIT
+                beyond[part] |= ~np.asarray(near)[alive].all(axis=0)
+                column = scaled * ((near / (reach + ~near)).T @ powered)
             moved = _ratio(scaled * totals, column + row) * (prior > 0)
             next_rows.append(_rows_to_one(_ratio(row, column + row) * prior))
             # Only ratios within a row of s matter: its largest entry is kept at 1.

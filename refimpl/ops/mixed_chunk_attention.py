@@ -185,8 +185,9 @@ def bidirectional(
     Differs: FLASH-pytorch with reduce_group_non_causal_attn=False reads its own S_g only, still divided by n.
     """
     op = "mixed_chunk_attention.bidirectional"
-    given = _checked(op, q_quad, k_quad, q_lin, k_lin, v, key_mask, segments, bias, chunk, scale, documents)
-    return _mix(given, _all, _all, chunk, scale, kernel, normaliser, documents)
+    rule = _Rule(chunk, scale, kernel, normaliser, documents)
+    given = _checked(op, (q_quad, k_quad, q_lin, k_lin, v), key_mask, segments, bias, rule)
+    return _mix(given, _all, _all, rule)
 
 
 def causal(
@@ -217,8 +218,9 @@ def causal(
     Differs: a PyTorch transcription of the pseudo-code accumulates inclusively and keeps the upper triangle.
     """
     op = "mixed_chunk_attention.causal"
-    given = _checked(op, q_quad, k_quad, q_lin, k_lin, v, key_mask, segments, bias, chunk, scale, documents)
-    return _mix(given, _lower, _strictly_lower, chunk, scale, kernel, normaliser, documents)
+    rule = _Rule(chunk, scale, kernel, normaliser, documents)
+    given = _checked(op, (q_quad, k_quad, q_lin, k_lin, v), key_mask, segments, bias, rule)
+    return _mix(given, _lower, _strictly_lower, rule)
 
 
 def causal_strict(
@@ -243,8 +245,9 @@ def causal_strict(
     Source: the fast weight layers of google-research, where v_j is a gradient known only after step j.
     """
     op = "mixed_chunk_attention.causal_strict"
-    given = _checked(op, q_quad, k_quad, q_lin, k_lin, v, key_mask, segments, bias, chunk, scale, documents)
-    return _mix(given, _strictly_lower, _strictly_lower, chunk, scale, kernel, normaliser, documents)
+    rule = _Rule(chunk, scale, kernel, normaliser, documents)
+    given = _checked(op, (q_quad, k_quad, q_lin, k_lin, v), key_mask, segments, bias, rule)
+    return _mix(given, _strictly_lower, _strictly_lower, rule)
 
 
 def initial_state(*, batch: tuple[int, ...], s: int, e: int) -> State:
@@ -278,7 +281,8 @@ def step(
     Source: https://kexue.fm/archives/8934. A packed document is a stream of its own.
     """
     op = "mixed_chunk_attention.step"
-    new = _checked(op, q_quad, k_quad, q_lin, k_lin, v, key_mask, None, bias, chunk, scale, None)
+    rule = _Rule(chunk, scale, kernel, normaliser, None)
+    new = _checked(op, (q_quad, k_quad, q_lin, k_lin, v), key_mask, None, bias, rule)
     b, (s, e), f = new.v.shape[:-2], (new.q_lin.shape[-1], new.v.shape[-1]), state.v.shape[-2]
     fits = state.summary.shape == b + (s, e) and state.k_lin.shape == b + (f, s) and f < chunk
     check.shape(op, fits, f"a state of {b} + (s, e) = {(s, e)}, buffer below {chunk}", S=state.summary, buffer=state.v)
@@ -287,7 +291,7 @@ def step(
     q_quad, q_lin = _joined(np.zeros_like(state.k_quad), new.q_quad), _joined(np.zeros_like(state.k_lin), new.q_lin)
     v, valid = _joined(state.v, new.v), np.concatenate([state.valid, new.valid], axis=-1)
     whole = _Given(q_quad, k_quad, q_lin, k_lin, v, valid, None, new.bias)
-    out = _mix(whole, _lower, _strictly_lower, chunk, scale, kernel, normaliser, past=state)[..., f:, :]
+    out = _mix(whole, _lower, _strictly_lower, rule, state)[..., f:, :]
     full = v.shape[-2] // chunk * chunk
     keys = k_lin[..., :full, :] * valid[..., :full, None]
     summary = state.summary + keys.swapaxes(-1, -2) @ v[..., :full, :]
@@ -358,13 +362,24 @@ def unit(
     Differs: FLASH-pytorch projects [v | u] by one matrix and z by another. It and the paper normalise before the unit,
         the article after the residual. The paper rotates half-split, FLASH-pytorch interleaved on 32 features.
     """
+    op = "mixed_chunk_attention.unit"
     u, v, z = gau.parts(x, w_in, b_in, key_width=np.shape(gamma)[-1] if np.ndim(gamma) else 0)
     heads = scale_offset_heads(z, gamma, beta, rows=rows)
-    if positions is not None:
+    paired = (positions is None) == (frequencies is None)
+    check.domain(op, paired, "positions and frequencies together", positions=positions, frequencies=frequencies)
+    if positions is not None and frequencies is not None:
         turn = rope.angles(positions, frequencies)
         heads = Heads(*(rotate(head, turn) for head in heads))
     options = {"chunk": chunk, "scale": scale, "kernel": kernel, "normaliser": normaliser, "documents": documents}
     return project(u * mix(*heads, v, key_mask, segments, bias, **options), w_out, b_out)
+
+
+class _Rule(NamedTuple):
+    chunk: int
+    scale: float
+    kernel: Callable[..., np.ndarray]
+    normaliser: Callable[[Reach], Lengths]
+    documents: Callable[[np.ndarray], Documents] | None
 
 
 class _Given(NamedTuple):
@@ -380,33 +395,29 @@ class _Given(NamedTuple):
 
 def _checked(
     op: str,
-    q_quad: np.ndarray,
-    k_quad: np.ndarray,
-    q_lin: np.ndarray,
-    k_lin: np.ndarray,
-    v: np.ndarray,
+    heads: tuple[np.ndarray, ...],
     key_mask: np.ndarray | None,
     segments: np.ndarray | None,
     bias: np.ndarray | None,
-    chunk: int,
-    scale: float,
-    documents: Callable[[np.ndarray], Documents] | None,
+    rule: _Rule,
 ) -> _Given:
-    named = {"q_quad": q_quad, "k_quad": k_quad, "q_lin": q_lin, "k_lin": k_lin, "v": v}
-    q_quad, k_quad, q_lin, k_lin, v = heads = [check.real(op, name, array) for name, array in named.items()]
+    names = ("q_quad", "k_quad", "q_lin", "k_lin", "v")
+    q_quad, k_quad, q_lin, k_lin, v = (check.real(op, name, x) for name, x in zip(names, heads, strict=True))
+    received = dict(zip(names, (q_quad, k_quad, q_lin, k_lin, v), strict=True))
     one_shape = q_quad.ndim >= 2 and q_quad.shape == k_quad.shape == q_lin.shape == k_lin.shape
     fits = one_shape and v.ndim == q_quad.ndim and v.shape[:-1] == q_quad.shape[:-1]
-    check.shape(op, fits, "four heads of one shape (..., n, s), v (..., n, e)", **dict(zip(named, heads, strict=True)))
-    check.domain(op, chunk >= 1, "chunk >= 1", chunk=chunk)
-    check.domain(op, math.isfinite(scale), "a finite scale", scale=scale)
-    check.domain(op, (segments is None) == (documents is None), "segments and documents together", documents=documents)
+    check.shape(op, fits, "four heads of one shape (..., n, s), v (..., n, e)", **received)
+    check.domain(op, rule.chunk >= 1, "chunk >= 1", chunk=rule.chunk)
+    check.domain(op, math.isfinite(rule.scale), "a finite scale", scale=rule.scale)
+    paired = (segments is None) == (rule.documents is None)
+    check.domain(op, paired, "segments and documents together", documents=rule.documents)
     valid = np.ones(v.shape[:-1], dtype=np.bool_) if key_mask is None else check.boolean(op, "key_mask", key_mask)
     valid = _per_token(op, "key_mask", valid, v)
     if segments is not None:
         segments = _per_token(op, "segments", check.integer(op, "segments", segments), v)
     if bias is not None:
         bias = check.real(op, "bias", bias)
-        check.shape(op, bias.shape == (chunk, chunk), f"bias of shape {(chunk, chunk)}", bias=bias)
+        check.shape(op, bias.shape == (rule.chunk,) * 2, f"bias of shape {(rule.chunk,) * 2}", bias=bias)
     return _Given(q_quad, k_quad, q_lin, k_lin, v, valid, segments, bias)
 
 
@@ -421,40 +432,37 @@ def _mix(
     given: _Given,
     within: Callable[[int], np.ndarray],
     across: Callable[[int], np.ndarray],
-    chunk: int,
-    scale: float,
-    kernel: Callable[..., np.ndarray],
-    normaliser: Callable[[Reach], Lengths],
-    documents: Callable[[np.ndarray], Documents] | None = None,
+    rule: _Rule,
     past: State | None = None,
 ) -> np.ndarray:
+    chunk = rule.chunk
     n = given.v.shape[-2]
     if n == 0:
         return np.zeros_like(given.v)
     q_quad, k_quad, q_lin, k_lin, v = (_chunks(x, chunk, np.zeros_like) for x in given[:5])
     valid = _chunks(given.valid[..., None], chunk, np.zeros_like)[..., 0]
     g = v.shape[-3]
-    if given.segments is None or documents is None:
+    if given.segments is None or rule.documents is None:
         member, reads = np.ones((g, chunk, 1), dtype=np.bool_), across(g)
     else:
         # The tail repeats the last id, so that it neither is a document nor widens the range of its chunk.
-        member, reads = documents(_chunks(given.segments[..., None], chunk, np.copy)[..., 0])
+        member, reads = rule.documents(_chunks(given.segments[..., None], chunk, np.copy)[..., 0])
         reads = reads & across(g)
     mask = within(chunk) & np.any(member[..., :, None, :] & member[..., None, :, :], axis=-1) & valid[..., None, :]
-    scores = scale * (q_quad @ k_quad.swapaxes(-1, -2))
-    local = kernel(scores if given.bias is None else scores + given.bias, mask) @ v
+    scores = rule.scale * (q_quad @ k_quad.swapaxes(-1, -2))
+    local = rule.kernel(scores if given.bias is None else scores + given.bias, mask) @ v
     # One block of s features per document: a document's sum meets only the queries of its own members.
     counted = member & valid[..., None]
     sums = _spread(counted, k_lin).swapaxes(-1, -2) @ v
-    carried = (reads @ sums.reshape(sums.shape[:-2] + (-1,))).reshape(sums.shape)
+    carried = (reads @ _flat(sums)).reshape(sums.shape)
     linear = (member * (reads.astype(int) @ counted.sum(axis=-2))[..., None, :]).sum(axis=-1)
     chunks = (member * (reads.astype(int) @ member.any(axis=-2).astype(int))[..., None, :]).sum(axis=-1)
     if past is not None:
         carried = carried + past.summary[..., None, :, :]
         linear, chunks, n = linear + past.counted[..., None, None], chunks + past.chunks, n + past.chunks * chunk
-    lengths = normaliser(Reach(chunk, n, np.broadcast_to(chunks, valid.shape), mask.sum(axis=-1), linear))
+    lengths = rule.normaliser(Reach(chunk, n, np.broadcast_to(chunks, valid.shape), mask.sum(axis=-1), linear))
     mixed = _over(local, lengths.local) + _over(_spread(member, q_lin) @ carried, lengths.linear)
-    return mixed.reshape(mixed.shape[:-3] + (g * chunk, -1))[..., : given.v.shape[-2], :]
+    return mixed.reshape(mixed.shape[:-3] + (g * chunk, v.shape[-1]))[..., : given.v.shape[-2], :]
 
 
 def _all(size: int) -> np.ndarray:
@@ -471,8 +479,9 @@ def _strictly_lower(size: int) -> np.ndarray:
 
 def _chunks(x: np.ndarray, chunk: int, fill: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
     # (..., n, f) to (..., G, c, f); `fill` makes the padding out of repeated last rows.
-    tail = fill(np.repeat(x[..., -1:, :], -x.shape[-2] % chunk, axis=-2))
-    return _joined(x, tail).reshape(x.shape[:-2] + (-1, chunk, x.shape[-1]))
+    n = x.shape[-2]
+    tail = fill(np.repeat(x[..., -1:, :], -n % chunk, axis=-2))
+    return _joined(x, tail).reshape(x.shape[:-2] + (math.ceil(n / chunk), chunk, x.shape[-1]))
 
 
 def _joined(first: np.ndarray, second: np.ndarray) -> np.ndarray:
@@ -481,8 +490,12 @@ def _joined(first: np.ndarray, second: np.ndarray) -> np.ndarray:
 
 def _spread(member: np.ndarray, x: np.ndarray) -> np.ndarray:
     # (..., c, D) and (..., c, s) to (..., c, D s).
-    wide = member[..., :, None] * x[..., None, :]
-    return wide.reshape(wide.shape[:-2] + (-1,))
+    return _flat(member[..., :, None] * x[..., None, :])
+
+
+def _flat(x: np.ndarray) -> np.ndarray:
+    # -1 cannot stand for the length here: it has no answer for empty arrays.
+    return x.reshape(x.shape[:-2] + (x.shape[-2] * x.shape[-1],))
 
 
 def _over(total: np.ndarray, length: np.ndarray | int) -> np.ndarray:

@@ -120,17 +120,21 @@ def moments_streamed(blocks: Iterable[np.ndarray]) -> Moments:
 
     op = "whitening.moments_streamed"
     count, mean, scatter, buffer = 0, np.zeros(0), np.zeros((0, 0)), np.zeros((0, 0))
+    ones = np.ones(BLOCK_ROWS)
     for block in blocks:
         check.shape(op, np.ndim(block) == 2 and np.shape(block)[1] >= 1, "blocks (n, d) with d >= 1", block=block)
         for start in range(0, len(block), BLOCK_ROWS):
-            rows = check.real(op, "blocks", block[start : start + BLOCK_ROWS])
+            rows = check.real(op, "blocks", block[start : start + BLOCK_ROWS], finite=False)
             if count == 0:
                 mean, scatter = rows[0].copy(), np.zeros((rows.shape[1],) * 2, order="F")
                 buffer = np.empty((BLOCK_ROWS, rows.shape[1]))
             check.shape(op, rows.shape[1:] == mean.shape, "blocks of one width", block=block, mean=mean)
             n = count + len(rows)
             centred = np.subtract(rows, mean, out=buffer[: len(rows)])
-            delta = centred.sum(axis=0) / len(rows)
+            delta = ones[: len(rows)] @ centred / len(rows)
+            if not np.isfinite(delta).all():
+                # A NaN or an infinity among the rows shows here, without a pass of its own.
+                check.real(op, "blocks", rows)
             centred -= (1 - math.sqrt(count / n)) * delta
             # The upper triangle grows in place: no copy of rows, no temporary of (d, d).
             scatter = dsyrk(1.0, centred.T, beta=1.0, c=scatter, overwrite_c=1)

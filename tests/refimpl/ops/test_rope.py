@@ -150,7 +150,7 @@ def test_yarn_magnitude():
 
 
 def test_angles_take_integers_reals_and_negative_positions_of_any_shape():
-    positions = np.array([[0.0, -2.0, 0.5], [3.0, 4.0, 7.0]])
+    positions = np.array([[0.0, -2.0, 0.1], [3.0, 4.0, 7.0]])
     got = rope.angles(positions, np.array([1.0, 0.25]))
     np.testing.assert_array_equal(got[..., 0], positions)
     np.testing.assert_array_equal(got[..., 1], positions / 4)

@@ -1,0 +1,5 @@
+"""`python -m conformance`: the judge's sub-commands."""
+
+from conformance.command import main
+
+main()

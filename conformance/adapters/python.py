@@ -1,0 +1,63 @@
+"""A stranger's Python file: `IMPLEMENTS = {"rope.rotate_interleaved": function, ...}` and an optional PROFILE.
+
+A function receives the operator's arguments by name (`refimpl ops NAME` prints them) as NumPy arrays in the storage
+format, bfloat16 as ml_dtypes.bfloat16, and returns an array, or a tuple in the order of the operator's outputs.
+PROFILE = {"float32": "strict", "bfloat16": "eager"} names the formats to judge and the arithmetic declared for each;
+without it: float64 and float32. "float32": "strict A64" declares exact angles at any position.
+The file is run as Python code with your rights: judge only files that you would run.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+
+from conformance.adapters import AdapterError, Implementation
+from conformance.budget import Profile
+from conformance.case import OPERATORS
+
+DEFAULT_PROFILE = {"float64": "strict", "float32": "strict"}
+
+
+def implementations(target: str) -> tuple[Implementation, ...]:
+    """Import the file and read what it claims."""
+    path = Path(target).expanduser()
+    if not path.is_file():
+        raise AdapterError(f"adapter python:{target}: no such file")
+    spec = importlib.util.spec_from_file_location(f"_refimpl_adapter_{path.stem}", path)
+    if spec is None or spec.loader is None:
+        raise AdapterError(f"adapter python:{target}: not a Python file")
+    module = importlib.util.module_from_spec(spec)
+    # The file's neighbours can be imported, as when it is run as a script.
+    sys.path.insert(0, str(path.parent.resolve()))
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise AdapterError(f"adapter python:{target}: {type(error).__name__} while importing it: {error}") from error
+    finally:
+        sys.path.remove(str(path.parent.resolve()))
+    claimed = getattr(module, "IMPLEMENTS", None)
+    if not isinstance(claimed, dict) or not claimed:
+        raise AdapterError(f'adapter python:{target}: expected IMPLEMENTS = {{"operator": function, ...}} in the file')
+    for name, function in claimed.items():
+        if name not in OPERATORS():
+            raise AdapterError(
+                f"adapter python:{target}: IMPLEMENTS names {name!r}, which is no operator; see `refimpl ops`"
+            )
+        if not callable(function):
+            raise AdapterError(f"adapter python:{target}: IMPLEMENTS[{name!r}] is not callable: {function!r}")
+    declared = getattr(module, "PROFILE", DEFAULT_PROFILE)
+    return tuple(
+        Implementation(path.name, dict(claimed), _profile(target, dtype, text), getattr(module, "__version__", ""))
+        for dtype, text in declared.items()
+    )
+
+
+def _profile(target: str, dtype: str, text: str) -> Profile:
+    words = str(text).split()
+    try:
+        angle = words[1] if len(words) > 1 else "A64" if dtype == "float64" else "A32"
+        return Profile(dtype, words[0] if words else "strict", angle)
+    except ValueError as error:
+        raise AdapterError(f"adapter python:{target}: PROFILE: {error}") from None

@@ -1,0 +1,355 @@
+"""The judge's sub-commands: check, repro, identify, mutants, vectors, ops, demo."""
+
+from __future__ import annotations
+
+import inspect
+import textwrap
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from conformance import report, runner, stub, vectors
+from conformance.adapters import ADAPTERS, AdapterError, load
+from conformance.budget import DTYPES, PROFILES, Profile
+from conformance.case import OPERATORS, families, selected
+from conformance.vectors import CorpusError
+from conformance.verdict import Verdict, describe
+
+app = typer.Typer(add_completion=False, no_args_is_help=True)
+corpus = typer.Typer(no_args_is_help=True, help="The frozen corpus: verify it, regenerate it, copy it out.")
+app.add_typer(corpus, name="vectors")
+console = Console()
+errors = Console(stderr=True)
+
+ADAPTER_HELP = f"One of {', '.join(ADAPTERS)}; or python:FILE, a file with IMPLEMENTS = {{'operator': function}}."
+Adapter = Annotated[str, typer.Argument(metavar="ADAPTER", help=ADAPTER_HELP)]
+Operators = Annotated[
+    list[str] | None, typer.Option("--op", metavar="NAME", help="An operator or a family; may be given again.")
+]
+Format = Annotated[str | None, typer.Option("--dtype", metavar="D", help=f"Only this format: {', '.join(DTYPES)}.")]
+
+# Failures printed in full; the rest is counted and stands in the reports.
+SHOWN = 20
+
+
+@contextmanager
+def told() -> Iterator[None]:
+    """Errors that the user can mend end the command with one line and status 2; Ctrl-C with 130."""
+    try:
+        yield
+    except (AdapterError, CorpusError, FileNotFoundError) as error:
+        errors.print(f"[red]refimpl:[/red] {escape(str(error))}")
+        raise typer.Exit(2) from None
+    except KeyboardInterrupt:
+        errors.print("refimpl: stopped; nothing was written")
+        raise typer.Exit(130) from None
+
+
+@contextmanager
+def bar(title: str) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar on the terminal; callback(done, total)."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=errors, transient=True) as progress:
+        task = progress.add_task(title, total=None)
+        yield lambda done, total: progress.update(task, completed=done, total=total)
+
+
+@app.command()
+def check(
+    adapter: Adapter,
+    op: Operators = None,
+    dtype: Format = None,
+    profile: Annotated[
+        str | None, typer.Option(metavar="P", help=f"Judge under this arithmetic instead: {', '.join(PROFILES)}.")
+    ] = None,
+    examples: Annotated[int, typer.Option(min=0, help="Drawn cases for each law; 0 leaves the laws out.")] = (
+        runner.EXAMPLES
+    ),
+    json: Annotated[Path | None, typer.Option(metavar="F", help="Write every verdict as JSON lines.")] = None,
+    junit: Annotated[Path | None, typer.Option(metavar="F", help="Write JUnit XML for a CI server.")] = None,
+    markdown: Annotated[Path | None, typer.Option(metavar="F", help="Write a Markdown summary.")] = None,
+    html: Annotated[Path | None, typer.Option(metavar="F", help="Write a self-contained HTML report.")] = None,
+    xfails: Annotated[
+        Path | None, typer.Option(metavar="F", help="Expected failures: `op/case [dtype]  # reason`, one a line.")
+    ] = None,
+) -> None:
+    """Judge an implementation: the frozen vectors, then the laws.
+
+    Exit status 0 only when nothing failed and no fewer cases ran than the manifest promises.
+
+    refimpl check spec                                the specification's own zoo
+    refimpl check python:my_rope.py --html out.html   your functions
+    refimpl check torch --op attention --dtype bfloat16
+    """
+    with told():
+        expected = runner.read_expected_failures(xfails) if xfails else []
+        with bar(f"judging {adapter}") as progress:
+            run = runner.check(
+                adapter,
+                names=op,
+                dtype=dtype,
+                profile=profile,
+                examples=examples,
+                expected=expected,
+                progress=progress,
+            )
+        show(run)
+        for path, writer in ((json, report.json_lines), (junit, report.junit), (markdown, report.markdown)):
+            if path:
+                report.write(path, writer(run))
+        if html:
+            report.write(html, report.html([run]))
+    raise typer.Exit(0 if run.ok else 1)
+
+
+def show(run: runner.Run) -> None:
+    """The table and the failures of a run, on the terminal."""
+    console.print(report.table(run))
+    laws = report.failing_laws(run)
+    for verdict in run.failures[:SHOWN]:
+        text = runner.message(verdict, laws.get((verdict.implementation, verdict.op), ()), run.adapter)
+        console.print(f"[red]-\\[x][/red] {escape(verdict.implementation)}: {escape(text)}", soft_wrap=True)
+    if len(run.failures) > SHOWN:
+        console.print(f"... and {len(run.failures) - SHOWN} more; --html or --json shows all of them")
+    for complaint in run.complaints:
+        console.print(f"[red]-\\[x][/red] {escape(complaint)}", soft_wrap=True)
+    for reason, count in report.skips(run):
+        console.print(f"[yellow]-\\[skip][/yellow] {count} cases: {escape(reason)}", soft_wrap=True)
+    if run.unclaimed:
+        console.print(f"not claimed ({len(run.unclaimed)}): {', '.join(run.unclaimed)}", style="dim", soft_wrap=True)
+    mark = "[green]-\\[ok][/green]" if run.ok else "[red]-\\[x][/red]"
+    console.print(f"{mark} {escape(report.summary(run))}", soft_wrap=True)
+
+
+@app.command()
+def repro(
+    case: Annotated[str, typer.Argument(metavar="CASE", help="OPERATOR/CASE as a failure prints it; or OPERATOR/LAW.")],
+    adapter: Adapter,
+    dtype: Format = None,
+    examples: Annotated[int, typer.Option(min=1, help="Drawn cases, for a law.")] = runner.EXAMPLES,
+) -> None:
+    """Run one case (or one law) again and show arguments, result, expected value, bound and the worst elements."""
+    with told():
+        op, _, name = case.partition("/")
+        if op not in OPERATORS():
+            raise AdapterError(f"repro: no operator {op!r}; `refimpl ops` lists them")
+        implementations = [i for i in load(adapter) if dtype in (None, i.profile.dtype) and op in i.functions]
+        if not implementations:
+            raise AdapterError(f"repro: {adapter} does not claim {op}{f' in {dtype}' if dtype else ''}")
+        law = next((x for x in families()[op.split(".")[0]].LAWS if x.name == name and op in x.operators), None)
+        failed = False
+        for implementation in implementations:
+            if law is not None:
+                verdict: Verdict = runner.check_law(
+                    implementation.name, implementation.functions[op], law, op, implementation.profile, examples
+                )
+            else:
+                vector = vectors.load_case(case)
+                if implementation.profile.dtype not in vector.case.dtypes:
+                    continue
+                verdict = runner.judge(
+                    implementation.name, implementation.functions[op], vector, implementation.profile
+                )
+                console.print(f"[bold]{vector.case.id}[/bold] {vector.case.note}")
+                console.print(escape(describe(vector.case)), soft_wrap=True)
+                console.print(report.elements(verdict, vector))
+            colour = "red" if verdict.failed else "green"
+            detail = f": {escape(verdict.message)}" if verdict.message else ""
+            console.print(
+                f"[{colour}]{verdict.outcome}[/{colour}] {implementation.name} ({implementation.profile}){detail}",
+                soft_wrap=True,
+            )
+            failed |= verdict.failed
+    raise typer.Exit(1 if failed else 0)
+
+
+@app.command()
+def mutants(
+    op: Operators = None,
+    dtype: Annotated[str, typer.Option(metavar="D", help="The storage format to judge in.")] = "float32",
+    examples: Annotated[int, typer.Option(min=1, help="Drawn cases for each law.")] = 25,
+    all_: Annotated[bool, typer.Option("--all", help="List every mutant, not only the survivors.")] = False,
+) -> None:
+    """Prove that the suite can fail: judge every known-wrong implementation, by the vectors and by the laws alone.
+
+    Exit status 0 only when the vectors kill every mutant that is not proven equivalent.
+    """
+    from conformance.mutant import kills
+    from conformance.mutant import mutants as known
+
+    with told():
+        chosen = [m for m in known() if op is None or selected(m.op, op)]
+        if not chosen:
+            raise AdapterError(f"mutants: no operator or family {op!r}")
+        loaded = vectors.load(names=sorted({m.op for m in chosen}))
+        profile = Profile(dtype, "strict", "A64" if dtype == "float64" else "A32")
+        found = []
+        with bar("judging mutants") as progress:
+            for i, mutant in enumerate(chosen, 1):
+                found.append(kills(mutant, loaded, profile, examples))
+                progress(i, len(chosen))
+        console.print(report.mutant_table(found, every=all_))
+        alive = [k for k in found if not k.mutant.equivalent]
+        survivors = [k for k in alive if not k.vectors]
+        by_laws = sum(bool(k.laws) for k in alive)
+        total = max(len(alive), 1)
+        console.print(
+            f"{len(alive)} mutants ({sum(bool(k.mutant.url) for k in alive)} from public threads), "
+            f"{len(found) - len(alive)} proven equivalent; killed by the vectors {total - len(survivors)} "
+            f"({1 - len(survivors) / total:.1%}), by the laws alone {by_laws} ({by_laws / total:.1%})"
+        )
+    raise typer.Exit(1 if survivors else 0)
+
+
+@app.command()
+def identify(
+    family: Annotated[str, typer.Argument(metavar="FAMILY", help="rope.")],
+    adapter: Annotated[
+        str,
+        typer.Argument(metavar="ADAPTER", help="FILE.py:FUNCTION taking (x, positions), or an adapter that rotates."),
+    ],
+    width: Annotated[int, typer.Option(min=2, help="Head width to probe with.")] = 16,
+) -> None:
+    """Name the convention that a function follows: layout, sign, rotated part, base, scaling.
+
+    refimpl identify rope my_rope.py:rotate
+    """
+    from conformance import identify as naming
+
+    with told():
+        if family != "rope":
+            raise AdapterError(f"identify: expected rope, received {family!r}")
+        functions = naming.functions(adapter)
+        named = {name: naming.identify(function, width=width) for name, function in functions.items()}
+        for name, found in named.items():
+            console.print(f"[bold]{escape(name)}[/bold]: {escape(str(found))}", soft_wrap=True)
+    raise typer.Exit(0 if all(found.named for found in named.values()) else 1)
+
+
+@app.command()
+def ops(
+    name: Annotated[str | None, typer.Argument(metavar="NAME", help="An operator or a family.")] = None,
+    write: Annotated[
+        Path | None, typer.Option("--stub", metavar="F", help="Write the adapter stub to a file to fill in.")
+    ] = None,
+) -> None:
+    """The operators: all of them with the layers that have them, or one with arguments, clauses and an adapter stub."""
+    with told():
+        if name is None:
+            console.print(_matrix())
+            return
+        chosen = [op for op in OPERATORS() if selected(op, [name])]
+        if not chosen:
+            raise AdapterError(f"ops: no operator or family {name!r}; `refimpl ops` lists them")
+        for op in chosen:
+            console.print(f"[bold]{op}[/bold]\n")
+            console.print(escape(textwrap.indent(inspect.cleandoc(stub.documentation(op)), "  ")), soft_wrap=True)
+            console.print(_arguments(op))
+        text = stub.adapter(chosen)
+        if write:
+            report.write(write, text)
+            console.print(f"wrote {write}; fill it in, then: refimpl check python:{write}")
+        else:
+            console.print(
+                "[bold]An adapter to fill in[/bold] (save as my_adapter.py, then: refimpl check python:my_adapter.py)\n"
+            )
+            console.print(escape(text), soft_wrap=True)
+
+
+def _matrix() -> Table:
+    """Operator x layer."""
+    table = Table(title="Operators", caption="refimpl ops NAME shows arguments, clauses and an adapter stub")
+    for column in ("operator", "refimpl", "vectors", "laws", "mutants"):
+        table.add_column(column, justify="left" if column == "operator" else "right")
+    minimum = vectors.read_manifest()["operators"]
+    for op in OPERATORS():
+        module = families()[op.split(".")[0]]
+        laws = sum(op in law.operators for law in module.LAWS)
+        wrong = sum(m.op == op for m in (*module.MUTANTS, *module.MUSEUM))
+        table.add_row(op, "yes", str(minimum.get(op, {}).get("minimum", 0)), str(laws), str(wrong))
+    return table
+
+
+def _arguments(op: str) -> Table:
+    table = Table(title=f"{op}: arguments and results of a case", title_justify="left")
+    for column in ("name", "kind", "shape in the first cases"):
+        table.add_column(column)
+    for row in stub.rows(op):
+        table.add_row(*row)
+    return table
+
+
+@corpus.command()
+def verify(
+    folder: Annotated[Path, typer.Option(metavar="DIR", help="The corpus to read.")] = vectors.FOLDER,
+) -> None:
+    """Check every byte of the corpus against the manifest, and the counts that it promises."""
+    with told():
+        read = vectors.verify(folder)
+        weak = vectors.weaknesses(vectors.load(folder))
+        for line in weak:
+            console.print(f"[red]-\\[x][/red] {line}")
+        size = sum(e["bytes"] for e in read["cases"])
+        exact = sum(e["exact"] for e in read["cases"])
+        console.print(
+            f"{len(read['cases'])} cases of {len(read['operators'])} operators ({exact} exact), {size / 1e6:.1f} MB, "
+            f"root {read['sha256'][:16]}; lazy answers accepted: {len(weak)}"
+        )
+    raise typer.Exit(1 if weak else 0)
+
+
+@corpus.command()
+def regenerate(
+    compare: Annotated[
+        bool, typer.Option("--compare", help="Write nothing; exit 1 where a byte would change.")
+    ] = False,
+) -> None:
+    """Build the corpus again from the generator and put it in place when whole; says what changed."""
+    with told():
+        total = len(vectors.cases())
+        with bar("regenerating") as progress:
+            done = iter(range(1, total + 1))
+
+            def step(_: str) -> None:
+                progress(next(done), total)
+
+            changed = vectors.regenerate(keep=compare, progress=step)
+        for name in changed[:SHOWN]:
+            console.print(f"changed: {name}")
+        console.print(f"{total} cases, {len(changed)} files differ{' (nothing was written)' if compare else ''}")
+    raise typer.Exit(1 if compare and changed else 0)
+
+
+@corpus.command()
+def export(
+    target: Annotated[Path, typer.Argument(metavar="DIR", help="A folder that does not exist yet.")],
+    op: Operators = None,
+) -> None:
+    """Copy the corpus to a folder, for a checker in another language; the folder appears only when whole."""
+    with told():
+        count = vectors.export(target, names=op)
+        console.print(f"{count} cases in {target}; manifest.json names each file, its hash and its attributes")
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Where the report goes.")] = Path("out/demo"),
+) -> None:
+    """Judge the specification's zoo and the third-party implementations that are installed; write a report."""
+    from conformance import demo as demonstration
+
+    with told():
+        ok = demonstration.run(out, console, errors)
+    raise typer.Exit(0 if ok else 1)
+
+
+def main(arguments: list[str] | None = None) -> Any:
+    """Run a sub-command without the `refimpl` script (python -m conformance)."""
+    return app(arguments)

@@ -1,0 +1,210 @@
+"""One run of the judge: an adapter against the corpus and the laws, counted against what the manifest promises."""
+
+from __future__ import annotations
+
+import fnmatch
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from conformance.adapters import AdapterError, Implementation, load
+from conformance.budget import PROFILES
+from conformance.case import OPERATORS, families, selected
+from conformance.vectors import FOLDER, Vector, read_manifest
+from conformance.vectors import load as load_vectors
+from conformance.verdict import Verdict, check_law, diagnose, judge
+
+# Drawn cases a law sees in one run; a run over everything stays under a minute.
+EXAMPLES = 10
+
+
+@dataclass(frozen=True)
+class ExpectedFailure:
+    """One line of an xfails file: `op/case [dtype]  # reason`; the pattern may hold * and ?."""
+
+    pattern: str
+    dtype: str
+    reason: str
+    line: int
+
+    def matches(self, verdict: Verdict) -> bool:
+        return fnmatch.fnmatchcase(f"{verdict.op}/{verdict.case}", self.pattern) and self.dtype in ("*", verdict.dtype)
+
+
+@dataclass(frozen=True)
+class Run:
+    """Everything that one `refimpl check` found.
+
+    promised: cases that the manifest owes to the claimed operators and formats; judged: those that came to a verdict,
+    skips with a reason among them. unclaimed: operators in the question that no implementation claims.
+    """
+
+    adapter: str
+    implementations: tuple[Implementation, ...]
+    verdicts: tuple[Verdict, ...]
+    promised: int
+    judged: int
+    unclaimed: tuple[str, ...]
+    corpus: str
+    seconds: float
+    expected: dict[int, str] = field(default_factory=dict)
+    complaints: tuple[str, ...] = ()
+
+    @property
+    def failures(self) -> list[Verdict]:
+        """Failed verdicts that no xfails line expects."""
+        return [v for i, v in enumerate(self.verdicts) if v.failed and i not in self.expected]
+
+    @property
+    def ok(self) -> bool:
+        """Nothing failed unexpectedly, no expectation was idle, no case was lost, something was compared."""
+        compared = any(v.kind == "vector" and v.outcome != "skipped" for v in self.verdicts)
+        return not self.failures and not self.complaints and self.judged >= self.promised and compared
+
+    @property
+    def operators(self) -> list[str]:
+        return sorted({v.op for v in self.verdicts})
+
+
+def read_expected_failures(path: Path) -> list[ExpectedFailure]:
+    """Read an xfails file; a line without a reason is refused."""
+    made = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        body, hash_, reason = line.partition("#")
+        words = body.split()
+        if not words:
+            continue
+        if not hash_ or not reason.strip() or len(words) > 2:
+            raise AdapterError(f"{path}:{number}: expected `op/case [dtype]  # reason`, received {line!r}")
+        made.append(ExpectedFailure(words[0], words[1] if len(words) > 1 else "*", reason.strip(), number))
+    return made
+
+
+def check(
+    adapter: str,
+    *,
+    names: Sequence[str] | None = None,
+    dtype: str | None = None,
+    profile: str | None = None,
+    examples: int = EXAMPLES,
+    expected: Sequence[ExpectedFailure] = (),
+    folder: Path = FOLDER,
+    progress: Callable[[int, int], None] | None = None,
+) -> Run:
+    """Judge every claimed operator of an adapter (or those of `names`: operators or families).
+
+    dtype restricts and profile overrides what the adapter declares. progress(done, total) runs after each verdict.
+    """
+    started = time.perf_counter()
+    unknown = [n for n in names or () if not any(selected(op, [n]) for op in OPERATORS())]
+    if unknown:
+        raise AdapterError(f"check: no operator or family {unknown[0]!r}; `refimpl ops` lists them")
+    if profile is not None and profile not in PROFILES:
+        raise AdapterError(f"check: expected a profile among {', '.join(PROFILES)}, received {profile!r}")
+    implementations = tuple(
+        replace(i, profile=replace(i.profile, name=profile or i.profile.name))
+        for i in load(adapter)
+        if dtype in (None, i.profile.dtype)
+    )
+    if not implementations:
+        raise AdapterError(f"check: {adapter} declares no implementation in {dtype}")
+    chosen = [op for op in OPERATORS() if names is None or selected(op, names)]
+    manifest = read_manifest(folder)
+    vectors = load_vectors(folder, chosen)
+    by_op: dict[str, list[Vector]] = {}
+    for vector in vectors:
+        by_op.setdefault(vector.case.op, []).append(vector)
+    jobs = [(i, op) for i in implementations for op in chosen if op in i.functions]
+    promised = sum(e["operator"] == op and i.profile.dtype in e["dtypes"] for i, op in jobs for e in manifest["cases"])
+    total = promised + (sum(len(_laws(op)) for i, op in jobs if _with_laws(i)) if examples else 0)
+    verdicts: list[Verdict] = []
+
+    def add(verdict: Verdict) -> None:
+        verdicts.append(verdict)
+        if progress:
+            progress(len(verdicts), total)
+
+    for implementation, op in jobs:
+        failed: list[tuple[int, Vector]] = []
+        for vector in by_op.get(op, []):
+            if implementation.profile.dtype in vector.case.dtypes:
+                add(judge(implementation.name, implementation.functions[op], vector, implementation.profile))
+                if verdicts[-1].failed:
+                    failed.append((len(verdicts) - 1, vector))
+        bugs = diagnose([(verdicts[i], v) for i, v in failed])
+        # One fault of logic explains the cases that it moves only a little.
+        logic = any(verdicts[i].outcome == "logic" for i, _ in failed) or any(not b.precision for b in bugs)
+        for i, _ in failed:
+            outcome = "logic" if logic and verdicts[i].outcome == "precision" else verdicts[i].outcome
+            verdicts[i] = replace(verdicts[i], equals=tuple(map(str, bugs)), outcome=outcome)
+        if examples and _with_laws(implementation):
+            for law in _laws(op):
+                add(
+                    check_law(
+                        implementation.name, implementation.functions[op], law, op, implementation.profile, examples
+                    )
+                )
+    matched = {i: _expectation(expected, v) for i, v in enumerate(verdicts)}
+    complaints = _idle(expected, verdicts)
+    return Run(
+        adapter=adapter,
+        implementations=implementations,
+        verdicts=tuple(replace(v, outputs=()) for v in verdicts),
+        promised=promised,
+        judged=sum(v.kind == "vector" for v in verdicts),
+        unclaimed=tuple(op for op in chosen if not any(op in i.functions for i in implementations)),
+        corpus=manifest["sha256"],
+        seconds=time.perf_counter() - started,
+        expected={i: e.reason for i, e in matched.items() if e is not None and verdicts[i].failed},
+        complaints=complaints,
+    )
+
+
+def _laws(op: str) -> list[Any]:
+    return [law for law in families()[op.split(".")[0]].LAWS if op in law.operators]
+
+
+def _with_laws(implementation: Implementation) -> bool:
+    """Members of the zoo that only sum in another order are judged by the vectors alone."""
+    return not implementation.name.endswith(("reversed", "split", "blas"))
+
+
+def _expectation(expected: Sequence[ExpectedFailure], verdict: Verdict) -> ExpectedFailure | None:
+    return next((e for e in expected if e.matches(verdict)), None)
+
+
+def _idle(expected: Sequence[ExpectedFailure], verdicts: Sequence[Verdict]) -> tuple[str, ...]:
+    """An expectation that nothing met, or that a passing case met, is out of date and fails the run."""
+    made = []
+    for line in expected:
+        met = [v for v in verdicts if line.matches(v)]
+        if not met:
+            made.append(f"xfails line {line.line}: {line.pattern} matches no case that ran")
+        elif not any(v.failed for v in met):
+            made.append(f"xfails line {line.line}: {line.pattern} is expected to fail and does not ({line.reason})")
+    return tuple(made)
+
+
+def repro_command(adapter: str, verdict: Verdict) -> str:
+    """The command that shows one verdict again."""
+    return f"refimpl repro {verdict.op}/{verdict.case} {adapter} --dtype {verdict.dtype}"
+
+
+def message(verdict: Verdict, failing_laws: Sequence[str] = (), adapter: str = "") -> str:
+    """The one-line account of a failure: what, where, how far, which known bug, which laws, how to see it again."""
+    kind = "case" if verdict.kind == "vector" else "law"
+    parts = [
+        f"{verdict.op} {kind} {verdict.case} ({verdict.dtype} {verdict.profile}): {verdict.outcome}. {verdict.message}."
+    ]
+    if verdict.equals:
+        parts.append(
+            f'Equals the known bug "{verdict.equals[0]}"'
+            + (f" (or {len(verdict.equals) - 1} more)." if verdict.equals[1:] else ".")
+        )
+    if failing_laws:
+        parts.append(f"Fails laws: {', '.join(failing_laws)}.")
+    if adapter:
+        parts.append(f"Reproduce: {repro_command(adapter, verdict)}")
+    return " ".join(parts)

@@ -1,0 +1,68 @@
+"""What a stranger needs to know of an operator, and the adapter file to begin with."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from typing import Any
+
+import numpy as np
+
+from conformance.case import OPERATORS, Case, cases
+
+
+def documentation(op: str) -> str:
+    """The specification's docstring: definition, formula, clauses, sources."""
+    family, _, function = op.partition(".")
+    module = importlib.import_module(f"refimpl.ops.{family}")
+    text = inspect.getdoc(getattr(module, function, OPERATORS()[op].call))
+    return text or ""
+
+
+def _samples(op: str) -> list[Case]:
+    return [c for c in cases([op]) if c.op == op]
+
+
+def rows(op: str) -> list[tuple[str, str, str]]:
+    """(name, kind, shapes or values) of every argument and result."""
+    samples = _samples(op)
+    made = []
+    for name in OPERATORS()[op].parameters:
+        values = [c.arguments[name] for c in samples if name in c.arguments]
+        made.append((name, _kind(values), "  ".join(dict.fromkeys(_shape(v) for v in values[:12]))[:70]))
+    for name in OPERATORS()[op].outputs:
+        made.append((f"-> {name}", "result", ""))
+    return made
+
+
+def _kind(values: list[Any]) -> str:
+    kinds = dict.fromkeys(
+        {"f": "float array", "i": "int64 array", "b": "bool array"}[v.dtype.kind]
+        if isinstance(v, np.ndarray)
+        else "None"
+        if v is None
+        else type(v).__name__
+        for v in values
+    )
+    return " or ".join(kinds)
+
+
+def _shape(value: Any) -> str:
+    return str(value.shape).replace(" ", "") if isinstance(value, np.ndarray) else repr(value)
+
+
+def adapter(names: list[str]) -> str:
+    """A Python file that claims the operators and raises NotImplementedError until it is filled in."""
+    lines = ["import numpy as np", ""]
+    for op in names:
+        operator = OPERATORS()[op]
+        result = operator.outputs[0] if len(operator.outputs) == 1 else f"({', '.join(operator.outputs)})"
+        lines += [
+            "",
+            f"def {op.replace('.', '_')}({', '.join(operator.parameters)}):",
+            f"    raise NotImplementedError  # return {result}",
+            "",
+        ]
+    claims = ", ".join(f'"{op}": {op.replace(".", "_")}' for op in names)
+    lines += ["", f"IMPLEMENTS = {{{claims}}}", 'PROFILE = {"float64": "strict", "float32": "strict"}', ""]
+    return "\n".join(lines)
