@@ -155,7 +155,7 @@ def _mp(function: Callable[..., Any], *arrays: np.ndarray) -> np.ndarray:
 
 
 def _float(middle: np.ndarray) -> np.ndarray:
-    return middle.astype(np.float64)
+    return np.asarray(middle).astype(np.float64)
 
 
 class Ball:
@@ -166,7 +166,8 @@ class Ball:
     __array_ufunc__ = None
 
     def __init__(self, mid: np.ndarray, rad: np.ndarray, arithmetic: Arithmetic) -> None:
-        self.mid, self.rad, self.arithmetic = mid, rad, arithmetic
+        # NumPy turns results of shape () into scalars.
+        self.mid, self.rad, self.arithmetic = np.asarray(mid), np.asarray(rad), arithmetic
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -142,11 +142,16 @@ def as_tuple(result: Any) -> tuple[Any, ...]:
     return (result,)
 
 
-def reference(case: Case, *, digits: bool = False) -> dict[str, Ball]:
-    """The expected observables of a case, with the radius that the case's profile permits, output rounding included."""
+def reference(case: Case, *, digits: bool = False, blur: float = 0.0) -> dict[str, Ball]:
+    """The expected observables of a case, with the radius that the case's profile permits, output rounding included.
+
+    blur: relative radius of the float inputs, where an implementation is supposed to have rounded them.
+    """
     operator = OPERATORS()[case.op]
     arithmetic = Arithmetic(case.profile, digits)
-    arguments = {k: arithmetic.exact(v) if _is_float_array(v) else v for k, v in case.arguments.items()}
+    arguments = {
+        k: arithmetic.ball(v, blur * np.abs(v)) if _is_float_array(v) else v for k, v in case.arguments.items()
+    }
     with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
         balls = as_tuple(operator.reference(arithmetic, **arguments))
         if len(balls) != len(operator.judged):

@@ -114,7 +114,7 @@ def show(run: runner.Run) -> None:
     console.print(report.table(run))
     laws = report.failing_laws(run)
     for verdict in run.failures[:SHOWN]:
-        text = runner.message(verdict, laws.get((verdict.implementation, verdict.op), ()), run.adapter)
+        text = runner.message(verdict, laws.get((verdict.implementation, verdict.op, verdict.dtype), ()), run.adapter)
         console.print(f"[red]-\\[x][/red] {escape(verdict.implementation)}: {escape(text)}", soft_wrap=True)
     if len(run.failures) > SHOWN:
         console.print(f"... and {len(run.failures) - SHOWN} more; --html or --json shows all of them")

@@ -7,11 +7,12 @@ says which cases fail and why. A failure that no line explains, or a line that n
 from __future__ import annotations
 
 import html
+from collections.abc import Callable
 from pathlib import Path
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from conformance import report, runner
@@ -38,11 +39,7 @@ def run(out: Path, console: Console, errors: Console) -> bool:
         for adapter in ADAPTERS:
             task = progress.add_task(f"judging {adapter}", total=None)
             try:
-                found = runner.check(
-                    adapter,
-                    expected=deviations(adapter),
-                    progress=lambda done, total, task=task: progress.update(task, completed=done, total=total),
-                )
+                found = runner.check(adapter, expected=deviations(adapter), progress=_told(progress, task))
             except AdapterError as error:
                 absent.append(str(error))
                 progress.remove_task(task)
@@ -64,6 +61,10 @@ def run(out: Path, console: Console, errors: Console) -> bool:
     report.write(target, report.html(runs, [("Who follows what", _page(runs))]))
     console.print(f"report: {target}")
     return all(found.ok for found in runs)
+
+
+def _told(progress: Progress, task: TaskID) -> Callable[[int, int], None]:
+    return lambda done, total: progress.update(task, completed=done, total=total)
 
 
 def rows(found: runner.Run) -> list[tuple[str, str, report.Cell, str]]:
@@ -122,7 +123,7 @@ def _page(runs: list[runner.Run]) -> str:
     for found in runs:
         if found.adapter == "spec":
             continue
-        why = {}
+        why: dict[tuple[str, str], dict[str, None]] = {}
         for i, reason in found.expected.items():
             verdict = found.verdicts[i]
             why.setdefault((verdict.op, report.column(verdict)), {})[reason] = None

@@ -78,6 +78,8 @@ def kills(mutant: Mutant, vectors: list[Vector], profile: Profile, examples: int
     by_laws = [
         law.name
         for law in module.LAWS
-        if mutant.op in law.operators and check_law("mutant", in_storage, law, mutant.op, profile, examples).failed
+        if examples
+        and mutant.op in law.operators
+        and check_law("mutant", in_storage, law, mutant.op, profile, examples).failed
     ]
     return Kill(mutant, tuple(by_vectors), tuple(by_laws))

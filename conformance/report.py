@@ -160,12 +160,12 @@ def skips(run: Run) -> list[tuple[str, int]]:
     return Counter(v.message for v in run.verdicts if v.outcome == "skipped").most_common()
 
 
-def failing_laws(run: Run) -> dict[tuple[str, str], list[str]]:
-    """(implementation, operator) -> names of the laws that do not hold."""
-    made: dict[tuple[str, str], list[str]] = {}
+def failing_laws(run: Run) -> dict[tuple[str, str, str], list[str]]:
+    """(implementation, operator, format) -> names of the laws that do not hold."""
+    made: dict[tuple[str, str, str], list[str]] = {}
     for v in run.verdicts:
         if v.kind == "law" and v.failed:
-            made.setdefault((v.implementation, v.op), []).append(v.case)
+            made.setdefault((v.implementation, v.op, v.dtype), []).append(v.case)
     return made
 
 
@@ -291,7 +291,7 @@ def junit(run: Run) -> str:
                 ElementTree.SubElement(case, "skipped", message=_xml(v.message))
             elif v.failed:
                 kind = "error" if v.outcome == "errored" else "failure"
-                text = _xml(message(v, laws.get((v.implementation, v.op), ()), run.adapter))
+                text = _xml(message(v, laws.get((v.implementation, v.op, v.dtype), ()), run.adapter))
                 ElementTree.SubElement(case, kind, type=v.outcome, message=text)
     if run.complaints or run.judged < run.promised:
         suite = ElementTree.SubElement(root, "testsuite", name="run", tests="1", failures="1")
@@ -328,7 +328,7 @@ def markdown(run: Run) -> str:
     if run.failures:
         lines += ["", "### Failures", ""]
         lines += [
-            f"- {v.implementation}: {_flat(message(v, laws.get((v.implementation, v.op), ()), run.adapter))}"
+            f"- {v.implementation}: {_flat(message(v, laws.get((v.implementation, v.op, v.dtype), ()), run.adapter))}"
             for v in run.failures
         ]
     lines += [f"- {_flat(c)}" for c in run.complaints]
@@ -370,7 +370,7 @@ def html(runs: Iterable[Run], sections: Sequence[tuple[str, str]] = ()) -> str:
                 "summary": summary(run),
                 "skips": skips(run),
                 "failures": [
-                    (v, message(v, laws.get((v.implementation, v.op), ()), run.adapter)) for v in run.failures
+                    (v, message(v, laws.get((v.implementation, v.op, v.dtype), ()), run.adapter)) for v in run.failures
                 ],
                 "expected": [(run.verdicts[i], reason) for i, reason in sorted(run.expected.items())],
             }

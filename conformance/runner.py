@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import fnmatch
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 from conformance.adapters import AdapterError, Implementation, load
-from conformance.budget import PROFILES
+from conformance.budget import PROFILES, Profile
 from conformance.case import OPERATORS, families, selected
 from conformance.vectors import FOLDER, Vector, read_manifest
 from conformance.vectors import load as load_vectors
@@ -18,6 +19,10 @@ from conformance.verdict import Verdict, check_law, diagnose, judge
 
 # Drawn cases a law sees in one run; a run over everything stays under a minute.
 EXAMPLES = 10
+
+# Below this many operators times implementations a second process costs more than it saves.
+PARALLEL_FROM = 60
+WORKERS = 2
 
 
 @dataclass(frozen=True)
@@ -95,7 +100,7 @@ def check(
 ) -> Run:
     """Judge every claimed operator of an adapter (or those of `names`: operators or families).
 
-    dtype restricts and profile overrides what the adapter declares. progress(done, total) runs after each verdict.
+    dtype restricts and profile overrides what the adapter declares. progress(done, total) runs after each operator.
     """
     started = time.perf_counter()
     unknown = [n for n in names or () if not any(selected(op, [n]) for op in OPERATORS())]
@@ -113,45 +118,24 @@ def check(
     chosen = [op for op in OPERATORS() if names is None or selected(op, names)]
     manifest = read_manifest(folder)
     vectors = load_vectors(folder, chosen)
-    by_op: dict[str, list[Vector]] = {}
-    for vector in vectors:
-        by_op.setdefault(vector.case.op, []).append(vector)
-    jobs = [(i, op) for i in implementations for op in chosen if op in i.functions]
-    promised = sum(e["operator"] == op and i.profile.dtype in e["dtypes"] for i, op in jobs for e in manifest["cases"])
-    total = promised + (sum(len(_laws(op)) for i, op in jobs if _with_laws(i)) if examples else 0)
+    jobs = [(n, op) for n, i in enumerate(implementations) for op in chosen if op in i.functions]
+    promised = sum(
+        e["operator"] == op and implementations[n].profile.dtype in e["dtypes"]
+        for n, op in jobs
+        for e in manifest["cases"]
+    )
+    judging = _Judging(adapter, implementations, vectors, examples)
     verdicts: list[Verdict] = []
-
-    def add(verdict: Verdict) -> None:
-        verdicts.append(verdict)
+    for done, found in enumerate(_each(judging, jobs), 1):
+        verdicts += found
         if progress:
-            progress(len(verdicts), total)
-
-    for implementation, op in jobs:
-        failed: list[tuple[int, Vector]] = []
-        for vector in by_op.get(op, []):
-            if implementation.profile.dtype in vector.case.dtypes:
-                add(judge(implementation.name, implementation.functions[op], vector, implementation.profile))
-                if verdicts[-1].failed:
-                    failed.append((len(verdicts) - 1, vector))
-        bugs = diagnose([(verdicts[i], v) for i, v in failed])
-        # One fault of logic explains the cases that it moves only a little.
-        logic = any(verdicts[i].outcome == "logic" for i, _ in failed) or any(not b.precision for b in bugs)
-        for i, _ in failed:
-            outcome = "logic" if logic and verdicts[i].outcome == "precision" else verdicts[i].outcome
-            verdicts[i] = replace(verdicts[i], equals=tuple(map(str, bugs)), outcome=outcome)
-        if examples and _with_laws(implementation):
-            for law in _laws(op):
-                add(
-                    check_law(
-                        implementation.name, implementation.functions[op], law, op, implementation.profile, examples
-                    )
-                )
+            progress(done, len(jobs))
     matched = {i: _expectation(expected, v) for i, v in enumerate(verdicts)}
     complaints = _idle(expected, verdicts)
     return Run(
         adapter=adapter,
         implementations=implementations,
-        verdicts=tuple(replace(v, outputs=()) for v in verdicts),
+        verdicts=tuple(verdicts),
         promised=promised,
         judged=sum(v.kind == "vector" for v in verdicts),
         unclaimed=tuple(op for op in chosen if not any(op in i.functions for i in implementations)),
@@ -160,6 +144,63 @@ def check(
         expected={i: e.reason for i, e in matched.items() if e is not None and verdicts[i].failed},
         complaints=complaints,
     )
+
+
+@dataclass(frozen=True)
+class _Judging:
+    """What a job needs: an adapter's implementations, the vectors, the number of examples."""
+
+    adapter: str
+    implementations: tuple[Implementation, ...]
+    vectors: Sequence[Vector]
+    examples: int
+
+    def __call__(self, job: tuple[int, str]) -> list[Verdict]:
+        """Every verdict on one operator of one implementation."""
+        implementation, op = self.implementations[job[0]], job[1]
+        function, profile = implementation.functions[op], implementation.profile
+        cases = [v for v in self.vectors if v.case.op == op and profile.dtype in v.case.dtypes]
+        made = [judge(implementation.name, function, v, profile) for v in cases]
+        failed = [i for i, v in enumerate(made) if v.failed]
+        bugs = diagnose([(made[i], cases[i]) for i in failed])
+        # One fault of logic explains the cases that it moves only a little.
+        logic = any(made[i].outcome == "logic" for i in failed) or any(not b.precision for b in bugs)
+        for i in failed:
+            outcome = "logic" if logic and made[i].outcome == "precision" else made[i].outcome
+            made[i] = replace(made[i], equals=tuple(map(str, bugs)), outcome=outcome)
+        if self.examples and _with_laws(implementation):
+            # Where the vectors show too little precision and no fault of logic, a broken law shows the same.
+            coarse = bool(failed) and all(made[i].outcome == "precision" for i in failed)
+            for law in _laws(op):
+                verdict = check_law(implementation.name, function, law, op, profile, self.examples)
+                made.append(replace(verdict, outcome="precision") if coarse and verdict.failed else verdict)
+        return [replace(v, outputs=()) for v in made]
+
+
+def _each(judging: _Judging, jobs: Sequence[tuple[int, str]]) -> Iterator[list[Verdict]]:
+    """The jobs in order; many of them on two processes, each of which loads the adapter for itself."""
+    if len(jobs) < PARALLEL_FROM:
+        yield from map(judging, jobs)
+        return
+    declared = [(i.name, i.profile) for i in judging.implementations]
+    with get_context("spawn").Pool(
+        WORKERS, _begin, (judging.adapter, declared, judging.vectors, judging.examples)
+    ) as pool:
+        yield from pool.imap(_judge, jobs, chunksize=4)
+
+
+_PROCESS: list[_Judging] = []
+
+
+def _begin(adapter: str, declared: Sequence[tuple[str, Profile]], vectors: Sequence[Vector], examples: int) -> None:
+    """Set up a worker process."""
+    loaded = {(i.name, i.profile.dtype): i for i in load(adapter)}
+    implementations = tuple(replace(loaded[name, profile.dtype], profile=profile) for name, profile in declared)
+    _PROCESS.append(_Judging(adapter, implementations, vectors, examples))
+
+
+def _judge(job: tuple[int, str]) -> list[Verdict]:
+    return _PROCESS[0](job)
 
 
 def _laws(op: str) -> list[Any]:

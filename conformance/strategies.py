@@ -27,7 +27,9 @@ def __getattr__(family: str) -> Callable[..., SearchStrategy[Case]]:
     if family.startswith("_") or family not in families():
         raise AttributeError(f"strategies: no operator family {family!r}; expected one of {', '.join(families())}")
 
-    def strategy(function: str | None = None, *, dtype: str = "float64", profile: str = "strict", angle: str = "A32"):
+    def strategy(
+        function: str | None = None, *, dtype: str = "float64", profile: str = "strict", angle: str = "A32"
+    ) -> SearchStrategy[Case]:
         chosen = function or families()[family].OPERATORS[0].function
         return of(f"{family}.{chosen}", Profile(dtype, profile, "A64" if dtype == "float64" else angle))
 

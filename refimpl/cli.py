@@ -16,7 +16,7 @@ GROUP = "refimpl.commands."
 # What the command line itself is made of stands in this extra.
 COMMAND_LINE_EXTRA = "conformance"
 # Exit status: 0 nothing failed, 1 something failed, 2 the command could not do its work.
-UNABLE = 1
+UNABLE = 2
 
 ABOUT = """One NumPy definition of every operator of RoFormer, GAU, FLASH, LoRA, CAN and whitening, and a judge \
 that says which implementations are right, which convention they follow and how far off they are."""

@@ -4,9 +4,11 @@ They are functions, and not tests, so that test_layout.py can also show each of 
 """
 
 import ast
+import io
 import re
 import subprocess
 import sys
+import tokenize
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -35,6 +37,7 @@ MIRRORS = ("refimpl", "conformance")
 MIRRORS_ONCE_THERE = ("torchimpl", "export")
 FAMILY_FOLDERS = ("ops", "models")
 
+# Lines of code: docstrings, comments and blank lines are not counted.
 LONGEST_OPERATOR_FILE = 220
 IMPORT_SECONDS = 0.3
 
@@ -121,13 +124,26 @@ def file_lengths(root: Path) -> list[str]:
     """An operator file can be read in one sitting."""
     breaches = []
     for file in _python_files(root / "refimpl" / "ops"):
-        lines = len(file.read_text(encoding="utf-8").splitlines())
+        lines = len(_code_lines(file.read_text(encoding="utf-8")))
         if lines > LONGEST_OPERATOR_FILE:
             breaches.append(
-                f"{file.relative_to(root)} has {lines} lines. An operator file has at most {LONGEST_OPERATOR_FILE}: "
-                "shorten it, or move a family of its own into a file of its own."
+                f"{file.relative_to(root)} has {lines} lines of code. An operator file has at most "
+                f"{LONGEST_OPERATOR_FILE}: shorten it, or move a family of its own into a file of its own."
             )
     return breaches
+
+
+def _code_lines(source: str) -> set[int]:
+    """Numbers of the lines that hold code: the docstrings are the specification, and as long as they must be."""
+    layout = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
+    lines = set()
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type not in layout:
+            lines.update(range(token.start[0], token.end[0] + 1))
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, (ast.Module, ast.FunctionDef, ast.ClassDef)) and ast.get_docstring(node) is not None:
+            lines.difference_update(range(node.body[0].lineno, node.body[0].end_lineno + 1))
+    return lines
 
 
 def machine_paths(root: Path) -> list[str]:
@@ -162,6 +178,18 @@ def import_weight(root: Path, module: str = "refimpl") -> list[str]:
     ]
 
 
+def judge_weight(root: Path) -> list[str]:
+    """Importing the judge loads none of what it judges; an adapter is imported when it is asked for."""
+    files = [file.relative_to(root).with_suffix("") for file in _python_files(root / "conformance")]
+    modules = [".".join(file.parts) for file in files if file.parent != ADAPTERS and file.name not in _NOT_MODULES]
+    loaded = set(_fresh(root, f"import {', '.join(['conformance.adapters', *modules])}; {_SHOW_MODULES}").split())
+    return [
+        f"Importing conformance/ without its adapters loads {name}. Import it in {ADAPTERS.as_posix()}/, inside a "
+        "function."
+        for name in sorted(loaded & FRAMEWORKS)
+    ]
+
+
 def import_time(root: Path, module: str = "refimpl", *, limit: float = IMPORT_SECONDS, tries: int = 8) -> list[str]:
     """Importing the specification is quick. The best of several fresh processes counts: a busy machine is no breach."""
     timed = f"import time; start = time.perf_counter(); import {module}; print(time.perf_counter() - start)"
@@ -176,6 +204,8 @@ def import_time(root: Path, module: str = "refimpl", *, limit: float = IMPORT_SE
     ]
 
 
+# A package is imported with its modules; __main__ would run.
+_NOT_MODULES = {"__init__", "__main__"}
 _SHOW_MODULES = "import sys; print(*{name.partition('.')[0] for name in sys.modules})"
 
 

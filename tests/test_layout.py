@@ -15,6 +15,7 @@ RULES = [
     layout.file_lengths,
     layout.machine_paths,
     layout.import_weight,
+    layout.judge_weight,
     layout.import_time,
 ]
 # Split, so that this file does not itself break the rule.
@@ -176,6 +177,14 @@ def test_a_heavy_import_is_named(tmp_path):
     root = plant(tmp_path, {"refimpl/ops/rope": "import heavy_thing", "heavy_thing": ""})
     (breach,) = layout.import_weight(root)
     assert "loads heavy_thing" in breach
+
+
+def test_a_judge_that_loads_what_it_judges_is_named(tmp_path):
+    root = plant(tmp_path, {"conformance/case": "import helper", "helper": "import peft", "peft": ""})
+    (breach,) = layout.judge_weight(root)
+    assert "loads peft" in breach
+    plant(root, {"conformance/case": "", "conformance/adapters/lora": "import peft"})
+    assert layout.judge_weight(root) == []
 
 
 def test_a_slow_import_is_named(tmp_path):

@@ -286,8 +286,4 @@ def _rotated(
     check.domain(operation, not lacking, f"frequencies for {name}", frequencies=frequencies)
     if positions is None or frequencies is None:
         return x
-    positions = check.real(operation, name, positions)
-    expected = f"{name} that broadcast to (*b, tokens)"
-    common = check.broadcast(operation, expected, **{name: positions, "heads": x[..., 0, 0]})
-    check.shape(operation, common == x.shape[:-2], expected, **{name: positions, "heads": x})
     return rotate(x, rope.angles(positions, frequencies)[..., None, :])

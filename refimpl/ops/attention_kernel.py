@@ -144,9 +144,9 @@ def laplace(scores: Shaped[np.ndarray, "*s"], mask: Shaped[np.ndarray, "..."] | 
     C1. The mask must be applied after the activation: laplace(0) = 0.0061 is not 0, so zeroing scores hides nothing.
     C2. A score of μ must weigh ½; weights rise with the score and stay within [0, 1].
     C3. Rows must not be normalised, and nothing is divided by a length: that is done to the scores, by the caller.
-    C4. The lower tail must keep its relative precision: it is erfc(-z)/2, not 1 + erf(z).
     Raises: as `softmax`.
-    Precision: erfc is relative in the tail; a score error e becomes e / (σ √(2π)) exp(-z²), z = (score - μ)/(σ√2).
+    Precision: formed as erfc(-z)/2, z = (score - μ)/(σ√2), relative in the lower tail; the budget permits 1 + erf(z),
+        absolute there. A score error e becomes e / (σ √(2π)) exp(-z²).
     Source: arXiv:2209.10655; lucidrains/FLASH-pytorch (laplace_attn_fn).
     """
     # SciPy costs import time that the other kernels need not pay.

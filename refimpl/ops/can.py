@@ -83,7 +83,7 @@ def ambiguous_any(p: Shaped[np.ndarray, "*n k"], *, threshold: float, max_top: i
     p = _probabilities(op, "p", p)
     check.domain(op, math.isfinite(threshold), "a finite threshold", threshold=threshold)
     tops = range(2, min(_top(op, "max_top", max_top), p.shape[-1]) + 1)
-    return np.stack([np.asarray(top_entropy(p, top=top)) >= threshold for top in tops]).any(axis=0)
+    return np.asarray(np.stack([top_entropy(p, top=top) >= threshold for top in tops]).any(axis=0))
 
 
 def class_prior(labels: Shaped[np.ndarray, "*n"], *, classes: int, smoothing: float) -> Float[np.ndarray, "k"]:
@@ -259,20 +259,22 @@ def adjust(
     return Adjusted(adjusted, uncertain)
 
 
-def _probabilities(op, name, values):
+def _probabilities(op: str, name: str, values: np.ndarray) -> np.ndarray:
     values = check.real(op, name, values)
     check.shape(op, values.ndim >= 1 and values.shape[-1] >= 2, f"{name} (..., k) with k >= 2", **{name: values})
     check.domain(op, not (values < 0).any(), f"{name} >= 0", **{name: float(values.min(initial=0))})
     return values
 
 
-def _top(op, name, top):
+def _top(op: str, name: str, top: int) -> int:
     top = int(check.integer(op, name, top))
     check.domain(op, top >= 2, f"{name} >= 2", **{name: top})
     return top
 
 
-def _stacked(op, confident, uncertain, prior, alpha, iterations):
+def _stacked(
+    op: str, confident: np.ndarray, uncertain: np.ndarray, prior: np.ndarray, alpha: float, iterations: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     confident, uncertain = _probabilities(op, "confident", confident), _probabilities(op, "uncertain", uncertain)
     prior = _probabilities(op, "prior", prior)
     fits = confident.ndim == uncertain.ndim == 2 and prior.ndim == 1
@@ -285,18 +287,18 @@ def _stacked(op, confident, uncertain, prior, alpha, iterations):
     return confident, uncertain, prior
 
 
-def _x_log_x(x):
+def _x_log_x(x: np.ndarray) -> np.ndarray:
     return x * np.log(x + (x == 0))
 
 
-def _ratio(numerator, denominator):
+def _ratio(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
     return numerator / (denominator + (denominator == 0)) * (denominator != 0)
 
 
-def _rows_to_one(x):
+def _rows_to_one(x: np.ndarray) -> np.ndarray:
     return _ratio(x, x.sum(axis=1, keepdims=True))
 
 
-def _kept(rows, original):
+def _kept(rows: np.ndarray, original: np.ndarray) -> np.ndarray:
     empty = rows.sum(axis=1, keepdims=True) == 0
     return rows * ~empty + original * empty

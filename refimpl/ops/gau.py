@@ -48,7 +48,8 @@ def parts(
 
     [u | v | z] = silu(x W_in + b_in),   widths e, e and s = key_width
 
-    C1. The columns must be split in the order u, v, z. C2. The activation must act on all three parts.
+    C1. The columns must be split in the order u, v, z.
+    C2. The activation must act on all three parts.
     Raises: ShapeError unless W_in has d rows and 2e + s columns for some e >= 0; DomainError for NaN, infinity, s < 1.
     Precision: silu has slope below 1.1, so the error of the dense layer passes at most 1.1 times.
     Source: arXiv:2202.10447, appendix; https://kexue.fm/archives/8934.
@@ -67,7 +68,8 @@ def scale_offset(
 
     y = γ ⊙ z + β
 
-    C1. It must come before the rotation, which it does not commute with. C2. beta = None must add nothing.
+    C1. Every feature must have its own scale and offset; a rotation comes after, it does not commute with them.
+    C2. beta = None must add nothing.
     Raises: ShapeError unless gamma and beta have shape (s,); DomainError for NaN or infinity.
     Precision: against |γ||z| + |β|.
     """
@@ -144,7 +146,8 @@ def unit_paper(
 
     C1. `length` must divide before the square, so with squared_relu_constant of length 1 weights fall as 1/length².
     C2. The bias must be added after the division and must not be divided.
-    C3. There must be no √s. C4. C3 and C4 of `unit` hold.
+    C3. There must be no √s.
+    C4. positions = None must rotate nothing; a token that sees no key must get b_out, or zeros without it.
     Raises: as `unit`; DomainError unless length >= 1.
     Precision: as `unit`, with scores against Σ|q||k|/length.
     Source: arXiv:2202.10447, appendix. The paper says nothing on padding.
@@ -183,8 +186,10 @@ def unit_cross(
 
     o = (u ⊙ A v) W_out + b_out,   [u | q] = silu(x W_in + b_in),   k = silu(y W_k + b_k),   v = silu(y' W_v + b_v)
 
-    C1. Every dense layer must be activated and there must be no scale-offset. C2. Columns must be in the order u, q.
-    C3. A side without positions must not be rotated. C4. The scores must be divided by √s.
+    C1. Every dense layer must be activated and there must be no scale-offset.
+    C2. Columns must be in the order u, q.
+    C3. A side without positions must not be rotated.
+    C4. The scores must be divided by √s.
     Raises, Precision: as `unit`.
     Source: bert4keras (GatedAttentionUnit on three inputs, since August 2022).
     """
@@ -257,7 +262,8 @@ def block_pre_norm(
 
     y = x + unit_paper(norm(x))
 
-    C1. The input must be added as it came, not as it was normalised. C2. `norm` must act before the dense layer only.
+    C1. The input must be added as it came, not as it was normalised.
+    C2. `norm` must act before the dense layer only.
     Raises: as `unit_paper` and `norm`; ShapeError unless W_out has d columns.
     Precision: `norm`, `unit_paper`, one addition.
     Source: arXiv:2202.10447, with LayerNorm or ScaleNorm as `norm`.
@@ -299,10 +305,6 @@ def _rotated(
     check.domain(operation, not lacking, f"frequencies for {name}", frequencies=frequencies)
     if positions is None or frequencies is None:
         return x
-    positions = check.real(operation, name, positions)
-    expected = f"{name} that broadcast to (*b, tokens)"
-    common = check.broadcast(operation, expected, **{name: positions, "tokens": x[..., 0]})
-    check.shape(operation, common == x.shape[:-1], expected, **{name: positions, "tokens": x})
     return rotate(x, rope.angles(positions, frequencies))
 
 

@@ -202,7 +202,7 @@ def best_span(scores: Shaped[np.ndarray, "*_b _n _n"], *, max_length: int) -> Sp
     flat = np.where(reach, scores, -np.inf).reshape(*scores.shape[:-2], n * n)
     best = flat.max(axis=-1, initial=-np.inf)
     # argmax refuses an empty axis; its first maximum in row-major order is the smallest start, then the smallest end.
-    index = flat.argmax(axis=-1) if n else np.zeros(best.shape, np.int64)
+    index = np.argmax(flat, axis=-1) if n else np.zeros(best.shape, np.int64)
     found = best > -np.inf
     return Span(np.where(found, index // max(n, 1), -1), np.where(found, index % max(n, 1), -1), best)
 

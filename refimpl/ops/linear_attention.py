@@ -268,6 +268,7 @@ def _quadratic(q: Array, k: Array, v: Array, g: Array, S: Array) -> tuple[Array,
     causal = np.tri(n, dtype=bool)[:, :, None, None]
     # exp of the difference, never a quotient of exps: exp(-G_j) alone overflows
     decay = np.where(causal, np.exp(np.where(causal, G[:, :, None] - G[:, None, :], 0.0)), 0.0)
+    decay = np.broadcast_to(decay, (*decay.shape[:-1], q.shape[-1]))
     scores = np.einsum("bnhd,bmhd,bnmhd->bhnm", q, k, decay)
     output = np.einsum("bhnm,bmhe->bnhe", scores, v) + np.einsum("bnhd,bhde->bnhe", q * np.exp(G), S)
     stored = np.einsum("bnhd,bnhe->bhde", k * np.exp(total[:, None] - G), v)

@@ -74,7 +74,8 @@ class Weights(NamedTuple):
 def scale_lora(*, alpha: Number, r: int) -> float:
     """The factor of the original paper: alpha / r.
 
-    C1. alpha has no default: a configuration without alpha is an error, not scale 1. C2. Division is by r, once.
+    C1. alpha has no default: a configuration without alpha is an error, not scale 1.
+    C2. Division is by r, once.
     Raises: DomainError unless alpha is finite and r a positive integer.
     Source: Hu et al. section 4.1. Differs: the article sets it to 1; scale_rslora.
     """
@@ -84,7 +85,8 @@ def scale_lora(*, alpha: Number, r: int) -> float:
 def scale_rslora(*, alpha: Number, r: int) -> float:
     """The rank-stabilised factor: alpha / sqrt(r).
 
-    C1. alpha has no default. C2. Equal to scale_lora at r = 1 only (alpha = 0 apart).
+    C1. alpha has no default.
+    C2. Equal to scale_lora at r = 1 only (alpha = 0 apart).
     Raises: DomainError as scale_lora.
     Source: Kalajdzievski, arXiv:2312.03732; PEFT use_rslora.
     """
@@ -94,7 +96,10 @@ def scale_rslora(*, alpha: Number, r: int) -> float:
 def delta(A: DR, B: RE, *, scale: Number) -> Float[np.ndarray, "d e"]:
     """The change that the factors make to the weight: scale A B.
 
-    C1. Linear in scale. C2. Unchanged by A -> A R, B -> R^-1 B. C3. Zero where A or B is zero. C4. Rank at most r.
+    C1. Linear in scale.
+    C2. Unchanged by A -> A R, B -> R^-1 B.
+    C3. Zero where A or B is zero.
+    C4. Rank at most r.
     Raises: ShapeError where the r of A and B differ or r = 0; DomainError for NaN, infinity or a non-finite scale.
     Precision: gamma_{r+2} |scale| |A||B|.
     Source: Hu et al. eq. 3. Differs: PEFT's get_delta_weight returns the transpose (e, d).
@@ -106,8 +111,10 @@ def delta(A: DR, B: RE, *, scale: Number) -> Float[np.ndarray, "d e"]:
 def apply(x: Array, W: DE, A: DR, B: RE, *, scale: Number) -> Float[np.ndarray, "*b_n e"]:
     """The adapted projection of x (..., d): y = x W + scale (x A) B.
 
-    C1. Equal to x (W + scale A B) in exact arithmetic. C2. Low-rank order (x A) B: A B is never formed.
-    C3. scale = 0 or a zero factor gives x W. C4. Each row on its own; no rows give no rows.
+    C1. Equal to x (W + scale A B) in exact arithmetic.
+    C2. Low-rank order (x A) B: A B is never formed.
+    C3. scale = 0 or a zero factor gives x W.
+    C4. Each row on its own; no rows give no rows.
     Raises: ShapeError, DomainError as delta. Dropout and bias are the caller's.
     Precision: gamma_{d+r+4} (|x||W| + |scale| |x||A||B|).
     Source: Hu et al. eq. 3. Differs: PEFT's dropout acts on the x that meets A only.
@@ -121,7 +128,8 @@ def apply(x: Array, W: DE, A: DR, B: RE, *, scale: Number) -> Float[np.ndarray, 
 def merge(W: DE, A: DR, B: RE, *, scale: Number) -> Float[np.ndarray, "*d_e"]:
     """The dense weight that acts like the adapted one: W + scale A B.
 
-    C1. x merge(W, A, B) = apply(x, W, A, B). C2. A new array: W is neither changed nor aliased.
+    C1. x merge(W, A, B) = apply(x, W, A, B).
+    C2. A new array: W is neither changed nor aliased.
     Merging the result again adds the change twice; who stores weights must refuse that (PEFT does since its PR 1355).
     Raises: ShapeError, DomainError as delta.
     Precision: gamma_{r+3} (|W| + |scale| |A||B|); in 16 bits a change below half an ulp of W is lost whole.
@@ -134,9 +142,11 @@ def merge(W: DE, A: DR, B: RE, *, scale: Number) -> Float[np.ndarray, "*d_e"]:
 def unmerge(W: DE, A: DR, B: RE, *, scale: Number) -> Float[np.ndarray, "*d_e"]:
     """The base weight recovered from a merged one: W - scale A B.
 
-    C1. unmerge(merge(W)) = W in exact arithmetic. C2. Not bit exact: the sum W + scale A B was rounded, and the bits
+    C1. unmerge(merge(W)) = W in exact arithmetic.
+    C2. Not bit exact: the sum W + scale A B was rounded, and the bits
     dropped there cannot come back. A cycle costs up to half an ulp of the merged weight and half an ulp of W, and
-    cycles with a changing adapter add up: keep W itself. C3. A new array.
+    cycles with a changing adapter add up: keep W itself.
+    C3. A new array.
     Raises: ShapeError, DomainError as delta. Precision, Source: as merge.
     """
     A, B, W = _factors("lora.unmerge", A, B, W=W)
@@ -146,7 +156,8 @@ def unmerge(W: DE, A: DR, B: RE, *, scale: Number) -> Float[np.ndarray, "*d_e"]:
 def merge_symmetric(W: DE, A: DR, B: RE, A_0: Array, B_0: Array, *, scale: Number) -> Float[np.ndarray, "*d_e"]:
     """The dense weight when both factors start non-zero: W - scale A_0 B_0 + scale A B.
 
-    C1. Equal to W at the start (A = A_0, B = B_0), to rounding. C2. A_0 = 0 or B_0 = 0 gives merge.
+    C1. Equal to W at the start (A = A_0, B = B_0), to rounding.
+    C2. A_0 = 0 or B_0 = 0 gives merge.
     C3. A_0, B_0 are the values at initialisation and stay; the ranks of the two pairs may differ.
     Raises: ShapeError, DomainError as delta.
     Precision: gamma_{r+4} (|W| + |scale| (|A_0||B_0| + |A||B|)).
@@ -162,7 +173,8 @@ def merge_symmetric(W: DE, A: DR, B: RE, A_0: Array, B_0: Array, *, scale: Numbe
 def gradients_dense(G: DE, A: DR, B: RE, *, scale: Number) -> Factors:
     """The gradients of the factors from the gradient of the dense weight: dA = scale G B^T, dB = scale A^T G.
 
-    C1. A zero B gives dA = 0, and a zero A gives dB = 0: both zero never leaves zero. C2. Linear in G and in scale.
+    C1. A zero B gives dA = 0, and a zero A gives dB = 0: both zero never leaves zero.
+    C2. Linear in G and in scale.
     Raises: ShapeError, DomainError as delta.
     Precision: gamma_{e+2} |scale| |G||B|^T, gamma_{d+2} |scale| |A|^T|G|.
     Source: the article, first formula.
@@ -176,7 +188,8 @@ def gradients_dense(G: DE, A: DR, B: RE, *, scale: Number) -> Factors:
 def gradients_factored(x: Array, dy: Array, A: DR, B: RE, *, scale: Number) -> Factors:
     """The same gradients from the rows x (..., d) and dy (..., e): dA = scale x^T (dy B^T), dB = scale (x A)^T dy.
 
-    C1. Equal to gradients_dense at G = x^T dy. C2. G is never formed: 2 n r (d + e) multiplications.
+    C1. Equal to gradients_dense at G = x^T dy.
+    C2. G is never formed: 2 n r (d + e) multiplications.
     C3. All leading axes are summed; no rows give zeros.
     Raises: ShapeError also where the leading axes of x and dy differ; DomainError as delta.
     Precision: gamma_{n+e+3} |scale| |x|^T|dy||B|^T, gamma_{n+d+3} |scale| |A|^T|x|^T|dy|.
@@ -196,7 +209,8 @@ def gradients_factored(x: Array, dy: Array, A: DR, B: RE, *, scale: Number) -> F
 def gradient_input(dy: Array, W: DE, A: DR, B: RE, *, scale: Number) -> Float[np.ndarray, "*b_n d"]:
     """The gradient of the input, from dy (..., e): dx = dy W^T + scale (dy B^T) A^T.
 
-    C1. Equal to dy merge(W, A, B)^T. C2. Zero factors give dy W^T, not zero.
+    C1. Equal to dy merge(W, A, B)^T.
+    C2. Zero factors give dy W^T, not zero.
     Raises: ShapeError, DomainError as delta.
     Precision: gamma_{e+r+4} (|dy||W|^T + |scale| |dy||B|^T|A|^T).
     Source: chain rule on apply.
@@ -210,7 +224,8 @@ def gradient_input(dy: Array, W: DE, A: DR, B: RE, *, scale: Number) -> Float[np
 def update(A: DR, B: RE, A_new: Array, B_new: Array, *, scale: Number) -> Float[np.ndarray, "d e"]:
     """What any step of the factors does to the weight: scale (A_new B_new - A B).
 
-    C1. Under sgd it is sgd_update. C2. Under adamw it has no shorter form, and is not AdamW on G.
+    C1. Under sgd it is sgd_update.
+    C2. Under adamw it has no shorter form, and is not AdamW on G.
     C3. Unmoved factors give zero; rank at most 2 r.
     Raises: ShapeError, DomainError as delta.
     Precision: gamma_{r+3} |scale| (|A_new||B_new| + |A||B|): the two products cancel, so accumulate W in wide format.
@@ -227,7 +242,8 @@ def update(A: DR, B: RE, A_new: Array, B_new: Array, *, scale: Number) -> Float[
 def sgd(A: DR, B: RE, G: DE, *, scale: Number, learning_rate: Number) -> Factors:
     """One step of gradient descent on both factors: A - learning_rate dA, B - learning_rate dB.
 
-    C1. Simultaneous: dB uses the old A. C2. learning_rate = 0 gives the factors back.
+    C1. Simultaneous: dB uses the old A.
+    C2. learning_rate = 0 gives the factors back.
     Raises: ShapeError, DomainError as delta; DomainError for a negative learning_rate.
     Precision: gamma_{e+3} (|A| + learning_rate |dA|), gamma_{d+3} (|B| + learning_rate |dB|).
     Source: the article. Differs: LoRA+ (PEFT) gives B a larger learning rate than A.
@@ -243,7 +259,9 @@ def sgd_update(A: DR, B: RE, G: DE, *, scale: Number, learning_rate: Number) -> 
 
         -learning_rate scale^2 (G B^T B + A A^T G) + learning_rate^2 scale^3 G B^T A^T G
 
-    C1. Equal to update(A, B, *sgd(A, B, G)). C2. Both orders: there is no third. C3. Zero where G is zero.
+    C1. Equal to update(A, B, *sgd(A, B, G)).
+    C2. Both orders: there is no third.
+    C3. Zero where G is zero.
     Raises: as sgd.
     Precision: gamma_{2d+2e+2r+6} times the formula on absolute values, all terms positive.
     Source: the article, who prints it at scale 1.
@@ -258,7 +276,8 @@ def sgd_update(A: DR, B: RE, G: DE, *, scale: Number, learning_rate: Number) -> 
 def sgd_frozen(A: DR, B: RE, G: DE, *, scale: Number, learning_rate: Number) -> Float[np.ndarray, "*r_e"]:
     """One step with A frozen, as the new B: B - learning_rate scale A^T G.
 
-    C1. The B of sgd. C2. Linear in G; B enters by addition only.
+    C1. The B of sgd.
+    C2. Linear in G; B enters by addition only.
     Raises: as sgd.
     Source: LoRA-FA, arXiv:2308.03303. Differs: PEFT's LoRA-FA optimiser also applies (A^T A)^-1 / scale^2.
     """
@@ -271,7 +290,8 @@ def sgd_frozen(A: DR, B: RE, G: DE, *, scale: Number, learning_rate: Number) -> 
 def sgd_frozen_update(A: DR, G: DE, *, scale: Number, learning_rate: Number) -> Float[np.ndarray, "*d_e"]:
     """What sgd_frozen does to the weight: -learning_rate scale^2 A (A^T G), a fixed projection of the gradient.
 
-    C1. Equal to update(A, B, A, sgd_frozen(A, B, G)) for every B. C2. Exact: no second order.
+    C1. Equal to update(A, B, A, sgd_frozen(A, B, G)) for every B.
+    C2. Exact: no second order.
     Raises: ShapeError where A and G disagree in d or r = 0; DomainError as sgd.
     Source: the article; LoRA-FA.
     """
@@ -287,7 +307,8 @@ def random_projection_update(G: DE, A: Array, B: Array, *, learning_rate: Number
     """The update of W when fresh factors are drawn at every step: -(learning_rate / r) (A A^T G + G B^T B).
 
     C1. With independent entries of mean 0 and variance 1 its mean is -2 learning_rate G, for every r.
-    C2. Deterministic: the caller draws A (d, r) and B (r, e). C3. The first order of sgd_update at scale 1/sqrt(r).
+    C2. Deterministic: the caller draws A (d, r) and B (r, e).
+    C3. The first order of sgd_update at scale 1/sqrt(r).
     Raises: as sgd.
     Source: the article, r = 1, who prints the shapes of the two vectors exchanged. Differs: Flora, arXiv:2402.03293,
     projects one side only (mean -learning_rate G).
@@ -316,8 +337,11 @@ def adamw_array(
         p = p (1 - learning_rate weight_decay)
             - learning_rate m / (1 - beta_1^step) / (sqrt(v / (1 - beta_2^step)) + epsilon)
 
-    C1. Decay is decoupled: it multiplies the parameter and never meets m or v. C2. epsilon is added after the
-    bias-corrected root. C3. At step 1 the move is learning_rate g / (|g| + epsilon). C4. A zero gradient only decays.
+    C1. Decay is decoupled: it multiplies the parameter and never meets m or v.
+    C2. epsilon is added after the
+    bias-corrected root.
+    C3. At step 1 the move is learning_rate g / (|g| + epsilon).
+    C4. A zero gradient only decays.
     Raises: ShapeError where the four shapes differ; DomainError for step < 1, a beta outside [0, 1), epsilon <= 0,
     negative learning_rate, weight_decay or v.
     Precision: 12 u (|p| + learning_rate times the move with beta_1 |m| + (1 - beta_1) |g| as numerator).
@@ -361,7 +385,8 @@ def adamw(
     """One AdamW step of both factors: adamw_array on (A, dA) and on (B, dB), with gradients_dense at the old factors.
 
     C1. States have the shapes of the factors: they follow the projected gradient, so this is not AdamW on G projected.
-    C2. From zero states a positive factor on scale meets only epsilon. C3. Frozen A: adamw_array on (B, dB) alone.
+    C2. From zero states a positive factor on scale meets only epsilon.
+    C3. Frozen A: adamw_array on (B, dB) alone.
     Raises: as gradients_dense and adamw_array.
     Source: the article, on optimisers. Differs: GaLore keeps states in a subspace and updates all of W.
     """
@@ -382,7 +407,8 @@ def adamw(
 def additive_delta(A: DR, B: RE) -> Float[np.ndarray, "d e"]:
     """The additive change of the weight: A [I_r ... I_r] + [I_r ; ... ; I_r] B, that is A[i, j mod r] + B[i mod r, j].
 
-    C1. Linear in A and B together, rank at most 2 r. C2. r = 1: every column gets A, every row gets B.
+    C1. Linear in A and B together, rank at most 2 r.
+    C2. r = 1: every column gets A, every row gets B.
     C3. A = B = 0 is a start that trains, unlike the product.
     Raises: ShapeError unless r divides d and e; otherwise as delta.
     Precision: one addition. Source: the article, last section.
@@ -396,7 +422,8 @@ def additive_delta(A: DR, B: RE) -> Float[np.ndarray, "d e"]:
 def additive_gradients(G: DE, *, r: int) -> Factors:
     """The gradients of the additive factors: G [I_r ... I_r]^T and [I_r ; ... ; I_r]^T G, sums over equal residues.
 
-    C1. The adjoint of additive_delta: <G, additive_delta(A, B)> = <dA, A> + <dB, B>. C2. r = 1: row and column sums.
+    C1. The adjoint of additive_delta: <G, additive_delta(A, B)> = <dA, A> + <dB, B>.
+    C2. r = 1: row and column sums.
     Raises: ShapeError unless r divides both axes of G; DomainError for r < 1.
     Precision: gamma_{e/r} and gamma_{d/r} of the sums of absolute values. Source: the article, last section.
     """
@@ -410,7 +437,8 @@ def additive_gradients(G: DE, *, r: int) -> Factors:
 def additive_update(G: DE, *, r: int, learning_rate: Number) -> Float[np.ndarray, "*d_e"]:
     """What a step of gradient descent on the additive factors does to the weight: exact, no second order.
 
-    C1. Equal to -learning_rate additive_delta(*additive_gradients(G)). C2. Linear in G; A and B do not enter.
+    C1. Equal to -learning_rate additive_delta(*additive_gradients(G)).
+    C2. Linear in G; A and B do not enter.
     Raises: as additive_gradients; DomainError for a negative learning_rate. Source: the article, last section.
     """
     rate = _at_least_zero("lora.additive_update", "learning_rate", learning_rate)
@@ -420,7 +448,9 @@ def additive_update(G: DE, *, r: int, learning_rate: Number) -> Float[np.ndarray
 def from_peft(W_t: Array, lora_A: Array, lora_B: Array) -> Weights:
     """The transposes (W_t^T, lora_A^T, lora_B^T): from W_t (e, d), lora_A (r, d), lora_B (e, r) to W, A, B.
 
-    C1. Bit exact; to_peft undoes it. C2. Copies: nothing is aliased. C3. A is lora_A, the factor that meets the input.
+    C1. Bit exact; to_peft undoes it.
+    C2. Copies: nothing is aliased.
+    C3. A is lora_A, the factor that meets the input.
     Raises: ShapeError, DomainError as delta. Precision: none is lost.
     Source: PEFT's linear layer. Differs: PEFT's embedding adapters keep the weight as (d, e), and start A, not B, at
     zero.
@@ -437,7 +467,9 @@ def from_peft(W_t: Array, lora_A: Array, lora_B: Array) -> Weights:
 def to_peft(W: DE, A: DR, B: RE) -> PeftWeights:
     """The transposes (W^T, A^T, B^T): W_t (e, d), lora_A (r, d), lora_B (e, r).
 
-    C1. Bit exact; from_peft undoes it. C2. Copies. C3. lora_B lora_A = (A B)^T.
+    C1. Bit exact; from_peft undoes it.
+    C2. Copies.
+    C3. lora_B lora_A = (A B)^T.
     Raises: ShapeError, DomainError as delta. Precision, Source: as from_peft.
     """
     A, B, W = _factors("lora.to_peft", A, B, W=W)

@@ -120,33 +120,33 @@ def visible(reach: Reach) -> Lengths:
 
 
 def identity(scores: Shaped[np.ndarray, "*s"], mask: Shaped[np.ndarray, "..."] | None) -> Float[np.ndarray, "*s"]:
-    """An attention kernel whose weight is the score itself; masked weights are 0.
-
-    C1. With q_quad = q_lin and k_quad = k_lin, causal_strict un-normalised must then not depend on c.
-    Source: the fast weight layers of google-research, which quote the operator with this kernel.
-    """
+    """An attention kernel whose weight is the score itself, and 0 where masked: that of the fast weight layers."""
     scores = check.real("mixed_chunk_attention.identity", "scores", scores)
     return scores if mask is None else scores * check.boolean("mixed_chunk_attention.identity", "mask", mask)
 
 
-def same_document(segments: Int[np.ndarray, "*_b _G _c"]) -> Documents:
+def same_document(segments: Shaped[np.ndarray, "..."]) -> Documents:
     """Exact separation: a token reads its own segment id only, in its chunk and in every sum.
 
-    C1. Editing one document must move another by exactly 0.
-    C2. Chunks must keep their global borders: a document that starts at a multiple of c equals the document alone,
-        another does not.
+    C1. Tokens must share a column of `member` if and only if their ids are equal, so that editing one document moves
+        another by exactly 0. Columns stand in the order of the ids.
+    C2. `reads` must be True throughout. Chunks keep their global borders: a document that starts at a multiple of c
+        equals the document alone, another does not.
     """
+    segments = _chunked_ids("mixed_chunk_attention.same_document", segments)
     member = segments[..., None] == np.unique(segments)
     return Documents(member, np.ones(segments.shape[:-1] + segments.shape[-2:-1], dtype=np.bool_))
 
 
-def overlapping_chunks(segments: Int[np.ndarray, "*_b _G _c"]) -> Documents:
+def overlapping_chunks(segments: Shaped[np.ndarray, "..."]) -> Documents:
     """The paper's separation: chunk g reads S_h where the ranges [least id, largest id] of both chunks meet.
 
-    C1. Neither the own chunk nor a chunk that holds a border may be split: there one document moves the other.
-    C2. Ids must not decrease along the tokens for ranges to mean documents; the ids of masked tokens count.
+    C1. `reads` must compare closed ranges; a range is no set, so [1, 3] meets [2, 2]. Ids of masked tokens count.
+    C2. `member` must be one column of True: neither the own chunk nor a sum is split, so that where a chunk holds a
+        border one document moves the other.
     Source: segment_ids_to_mask in the pseudo-code of arXiv:2202.10447.
     """
+    segments = _chunked_ids("mixed_chunk_attention.overlapping_chunks", segments)
     low, high = segments.min(axis=-1), segments.max(axis=-1)
     reads = (low[..., :, None] <= high[..., None, :]) & (high[..., :, None] >= low[..., None, :])
     return Documents(np.ones(segments.shape + (1,), dtype=np.bool_), reads)
@@ -242,6 +242,9 @@ def causal_strict(
     """As `causal`, but no token reads itself: the local sum runs over j < i.
 
     C1. The first output must be 0, and no output may depend on its own token's key or value.
+    C2. With the kernel `identity`, lengths of 1 and the same queries and keys in both parts, c must not matter: it is
+        exclusive linear attention.
+    C3. Otherwise as `causal`.
     Source: the fast weight layers of google-research, where v_j is a gradient known only after step j.
     """
     op = "mixed_chunk_attention.causal_strict"
@@ -419,6 +422,12 @@ def _checked(
         bias = check.real(op, "bias", bias)
         check.shape(op, bias.shape == (rule.chunk,) * 2, f"bias of shape {(rule.chunk,) * 2}", bias=bias)
     return _Given(q_quad, k_quad, q_lin, k_lin, v, valid, segments, bias)
+
+
+def _chunked_ids(op: str, segments: np.ndarray) -> np.ndarray:
+    segments = check.integer(op, "segments", segments)
+    check.shape(op, segments.ndim >= 2 and segments.shape[-1] >= 1, "segments of shape (..., G, c)", segments=segments)
+    return segments
 
 
 def _per_token(op: str, name: str, array: np.ndarray, v: np.ndarray) -> np.ndarray:

@@ -136,7 +136,7 @@ def yarn_magnitude(factor: float) -> float:
 
     0.1 ln factor + 1 for factor > 1, else 1
 
-    C1. Features that a partial rotation passes through must not be multiplied.
+    C1. Must be exactly 1 for a factor up to 1. Features that a partial rotation passes through are not multiplied.
     Raises: DomainError for a factor that is not positive.
     Source: Peng et al., arXiv:2309.00071, section 3.4.
     """
@@ -232,7 +232,8 @@ def rotate_proportional(x: Shaped[np.ndarray, "*x d"], angles: Shaped[np.ndarray
 def half_split_order(width: int) -> Int[np.ndarray, " d"]:
     """The index array o that takes the interleaved layout to the half-split one: o = (0, 2, 4, ..., 1, 3, 5, ...).
 
-    C1. Queries and keys (and their weights) must be taken by the same order; scores then stay the same.
+    C1. The even features must come first, then the odd ones, each in rising order. Queries and keys, or their weights,
+        are taken by the same order: attention scores then stay the same.
     Raises: DomainError for an odd or negative width.
     """
     _check_width("rope.half_split_order", width)
@@ -242,7 +243,7 @@ def half_split_order(width: int) -> Int[np.ndarray, " d"]:
 def interleaved_order(width: int) -> Int[np.ndarray, " d"]:
     """The index array that takes the half-split layout to the interleaved one: (0, width/2, 1, width/2 + 1, ...).
 
-    C1. Must be the inverse permutation of half_split_order(width).
+    C1. The features of both halves must stand in turn: the inverse permutation of half_split_order(width).
     Raises: DomainError for an odd or negative width.
     """
     _check_width("rope.interleaved_order", width)
@@ -258,7 +259,7 @@ def permute_projection(
 
     C1. `heads` must be the number of heads of this very projection: the key heads in grouped-query attention.
     C2. With a contiguous partial rotation only the rotated features move: order has the rotary width.
-    C3. Value projections must be left alone unless values are rotated too.
+    Value projections keep their order unless values are rotated too.
     Raises: ShapeError unless heads divides the features and order fits a head; DomainError unless order is a
         permutation of 0 ... len(order) - 1.
     """

@@ -29,12 +29,17 @@ class Moments:
 
     count: int
     mean: Float[np.ndarray, "d"]
-    scatter: Float[np.ndarray, "d d"]
+    scatter: Float[np.ndarray, "_d _d"]
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         d = self.mean.shape
-        check.shape("whitening.Moments", len(d) == 1 and self.scatter.shape == d + d, "mean (d,), scatter (d, d)",
-                    mean=self.mean, scatter=self.scatter)
+        check.shape(
+            "whitening.Moments",
+            len(d) == 1 and self.scatter.shape == d + d,
+            "mean (d,), scatter (d, d)",
+            mean=self.mean,
+            scatter=self.scatter,
+        )
         check.domain("whitening.Moments", self.count >= 0, "count >= 0", count=self.count)
 
 
@@ -165,7 +170,8 @@ def spectrum(sigma: Shaped[np.ndarray, "*_ d"]) -> Spectrum:
 
         sigma = U diag(values) U^T,   U^T U = 1
 
-    C1. Values must descend; the largest entry by magnitude of every column (the first of equals) must be positive.
+    C1. Values must descend, and the columns of U be orthonormal.
+    Signs are fixed so that runs repeat: the largest entry by magnitude of a column (the first of equals) is positive.
 
     Raises: ShapeError unless square; DomainError unless symmetric.
     Precision: values to d 2^-52 of the largest; vectors of close values are arbitrary within their space.
@@ -245,7 +251,7 @@ def transform(
     return (x - beta * mean) @ w
 
 
-def normalize(x: Shaped[np.ndarray, "*n d"]) -> Float[np.ndarray, "*n d"]:
+def normalize(x: Shaped[np.ndarray, "*n"]) -> Float[np.ndarray, "*n"]:
     """Rows divided by their Euclidean norm, itself clipped from below.
 
         y = x / max(|x|, NORM_FLOOR)
@@ -273,20 +279,21 @@ def whiten(
     return normalize(transform(x, m.mean, projection(covariance(m, beta=beta), gamma=gamma, k=k), beta=beta))
 
 
-def spearman(a: Shaped[np.ndarray, "*n"], b: Shaped[np.ndarray, "*_"]) -> float:
-    """Spearman's rank correlation: Pearson's of the ranks, equal values sharing the mean of theirs.
+def spearman(a: Shaped[np.ndarray, "*b n"], b: Shaped[np.ndarray, "*_"]) -> Float[np.ndarray, "*b"]:
+    """Spearman's rank correlation along the last axis: Pearson's of the ranks, equal values sharing the mean of theirs.
 
     C1. Ties must get average ranks.
     C2. A constant vector has no order: the result must be NaN.
 
-    Raises: ShapeError unless two vectors of one length, at least 2. Source: kexue.fm 8069 (reported times 100).
+    Raises: ShapeError unless two arrays of one shape, n >= 2. Source: kexue.fm 8069 (reported times 100).
     """
     op = "whitening.spearman"
     a, b = check.real(op, "a", a), check.real(op, "b", b)
-    check.shape(op, a.ndim == 1 and a.shape == b.shape and len(a) >= 2, "a (n,), b (n,), n >= 2", a=a, b=b)
-    ranks = [_average_ranks(v) - (len(v) - 1) / 2 for v in (a, b)]
-    spread = math.sqrt(float((ranks[0] ** 2).sum() * (ranks[1] ** 2).sum()))
-    return float((ranks[0] * ranks[1]).sum()) / spread if spread > 0 else math.nan
+    check.shape(op, a.ndim >= 1 and a.shape == b.shape and a.shape[-1] >= 2, "a (..., n), b (..., n), n >= 2", a=a, b=b)
+    left, right = (np.apply_along_axis(_average_ranks, -1, v) - (v.shape[-1] - 1) / 2 for v in (a, b))
+    spread = np.asarray(np.sqrt((left * left).sum(axis=-1) * (right * right).sum(axis=-1)))
+    with np.errstate(invalid="ignore"):
+        return np.asarray((left * right).sum(axis=-1) / spread)
 
 
 def search(
@@ -319,23 +326,23 @@ def search(
     return Search(max(ranked, key=lambda t: t.score), tuple(trials))
 
 
-def _encode(x, *, mean, w, beta):
+def _encode(x: np.ndarray, *, mean: np.ndarray, w: np.ndarray, beta: float) -> np.ndarray:
     return normalize(transform(x, mean, w, beta=beta))
 
 
-def _kept_spectrum(op, sigma, gamma, k):
+def _kept_spectrum(op: str, sigma: np.ndarray, gamma: float, k: int) -> Spectrum:
     check.domain(op, 0 <= gamma < math.inf, "gamma >= 0", gamma=gamma)
     values, vectors = spectrum(sigma)
     k = int(check.integer(op, "k", k))
     check.domain(op, 1 <= k <= len(values), f"k in 1..{len(values)}", k=k)
-    return values, vectors
+    return Spectrum(values, vectors)
 
 
-def _scaled(values, vectors, gamma):
+def _scaled(values: np.ndarray, vectors: np.ndarray, gamma: float) -> np.ndarray:
     # Null eigenvalues may come out negative: without a power to take they are never touched.
     return vectors * values ** (-gamma / 2) if gamma > 0 else vectors
 
 
-def _average_ranks(v):
+def _average_ranks(v: np.ndarray) -> np.ndarray:
     ordered = np.sort(v)
     return (np.searchsorted(ordered, v, side="left") + np.searchsorted(ordered, v, side="right") - 1) / 2

@@ -89,7 +89,11 @@ def test_adjust_reproduces_the_article(path):
     p, top = data["probs"], int(data["k"])
     np.testing.assert_allclose(can.top_entropy(p, top=top), data["uncertainty"], atol=1e-13)
     adjusted, uncertain = can.adjust(
-        p, data["prior"], top=top, threshold=float(data["threshold"]), alpha=float(data["alpha"]),
+        p,
+        data["prior"],
+        top=top,
+        threshold=float(data["threshold"]),
+        alpha=float(data["alpha"]),
         iterations=int(data["iters"]),
     )
     np.testing.assert_array_equal(uncertain, data["ambiguous"])
@@ -121,7 +125,7 @@ def test_class_prior_counts_and_smooths():
     np.testing.assert_allclose(can.class_prior(labels[:0], classes=5, smoothing=0.5), np.full(5, 0.2))
 
 
-# Values by hand. C = [[3/4, 1/4]], b = [1/2, 1/2], q = [1/4, 3/4]: columns 5/4 and 3/4, so b -> [1/10, 1/2] -> [1, 5]/6.
+# C = [[3/4, 1/4]], b = [1/2, 1/2], q = [1/4, 3/4]: columns 5/4 and 3/4, so b -> [1/10, 1/2] -> [1, 5]/6.
 def test_one_round_by_hand():
     y = both([[0.75, 0.25]], [[0.5, 0.5]], [0.25, 0.75])
     np.testing.assert_allclose(y, [[1 / 6, 5 / 6]], rtol=1e-15)
@@ -290,7 +294,8 @@ def test_adjust_without_uncertain_rows_is_the_identity_and_nothing_is_modified()
 def test_the_threshold_itself_is_uncertain():
     p = np.array([[0.5, 0.5, 0.0], [1.0, 0.0, 0.0]])
     u = float(can.top_entropy(p, top=2)[0])
-    assert can.adjust(p, np.ones(3) / 3, top=2, threshold=u, alpha=1.0, iterations=1).uncertain.tolist() == [True, False]
+    adjusted = can.adjust(p, np.ones(3) / 3, top=2, threshold=u, alpha=1.0, iterations=1)
+    assert adjusted.uncertain.tolist() == [True, False]
     assert can.ambiguous_any(p, threshold=u, max_top=2).tolist() == [True, False]
 
 

@@ -569,3 +569,11 @@ def test_arguments_stay_as_they_were():
             segments=segments, documents=mca.same_document,
         )  # fmt: skip
     assert all((x == y).all() for x, y in zip(heads, kept, strict=True))
+
+
+def test_a_length_of_zero_gives_zero():
+    heads = draw(28, 7)
+    run = functools.partial(mca.bidirectional, *heads, chunk=3, scale=1.0, kernel=squared_relu)
+    assert (run(normaliser=lambda reach: mca.Lengths(0, 0)) == 0).all()
+    local, linear = (run(normaliser=lambda reach, n=n: mca.Lengths(*n)) for n in ((1, 0), (0, 1)))
+    np.testing.assert_allclose(local + linear, run(normaliser=mca.unnormalised), rtol=1e-13, atol=1e-13)

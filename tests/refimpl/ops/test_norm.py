@@ -99,9 +99,11 @@ def test_rows_without_spread_have_a_defined_result(epsilon: float) -> None:
     zero = np.zeros((2, 5))
     assert (norm.rms_norm(zero, epsilon=epsilon) == 0).all()
     assert (norm.rms_norm_scaled(zero, SCALE, epsilon=epsilon) == 0).all()
-    # The rounded mean of 0.1 over five features is not 0.1: with epsilon = 0 the residue must not become 1.
-    for constant in (0.0, 0.1, -1e7, 1 / 3):
+    ones = np.ones(7)
+    for constant in (0.0, 0.1, 0.9, -1e7, 1 / 3):
         assert (norm.layer_norm(np.full((3, 5), constant), SCALE, BIAS, epsilon=epsilon) == BIAS).all()
+        # The rounded mean of seven times 0.9 is not 0.9: with epsilon = 0 the residue must not become 1.
+        assert (norm.layer_norm(np.full((3, 7), constant), ones, 2 * ones, epsilon=epsilon) == 2).all()
 
 
 @pytest.mark.filterwarnings("error")

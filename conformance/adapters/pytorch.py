@@ -1,0 +1,304 @@
+"""PyTorch's own kernels on the CPU: norms, softmax, activations, fused attention, optimisers, autograd.
+
+Each mapping calls the kernel that PyTorch ships for an operator; what PyTorch has no kernel for is not claimed.
+16-bit formats are declared as each kernel computes: strict where it works in float32 and rounds once, fused for the
+flash kernel of scaled_dot_product_attention, eager where several kernels stand in a row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from conformance.adapters import Implementation
+from conformance.budget import DTYPES, Profile
+from conformance.case import Function, Unsupported
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+# Activations.
+def relu(x: Tensor) -> Tensor:
+    import torch
+
+    return torch.nn.functional.relu(x)
+
+
+def silu(x: Tensor) -> Tensor:
+    import torch
+
+    return torch.nn.functional.silu(x)
+
+
+def gelu_erf(x: Tensor) -> Tensor:
+    import torch
+
+    return torch.nn.functional.gelu(x)
+
+
+def gelu_tanh(x: Tensor) -> Tensor:
+    import torch
+
+    return torch.nn.functional.gelu(x, approximate="tanh")
+
+
+def elu_plus_one(x: Tensor) -> Tensor:
+    import torch
+
+    return torch.nn.functional.elu(x) + 1
+
+
+# Norms.
+def rms_norm(x: Tensor, epsilon: float, scale: Tensor | None = None) -> Tensor:
+    import torch
+
+    return torch.nn.functional.rms_norm(x, x.shape[-1:], scale, eps=epsilon)
+
+
+def layer_norm(x: Tensor, scale: Tensor, bias: Tensor, epsilon: float) -> Tensor:
+    import torch
+
+    return torch.nn.functional.layer_norm(x, x.shape[-1:], scale, bias, eps=epsilon)
+
+
+# Attention.
+def softmax(scores: Tensor, mask: Tensor | None) -> Tensor:
+    import torch
+
+    visible = scores if mask is None else scores.masked_fill(~mask, -torch.inf)
+    return torch.nn.functional.softmax(visible, dim=-1)
+
+
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, kernel: str, scale: float, *, backend: str
+) -> Tensor:
+    import torch
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.nn.functional import pad, scaled_dot_product_attention
+
+    if kernel != "softmax":
+        raise Unsupported("scaled_dot_product_attention has the softmax kernel only")
+    # The flash kernel wants one width for keys and values; features that are zero change no score.
+    d, e = q.shape[-1], v.shape[-1]
+    q, k, v = (pad(x, (0, max(d, e) - x.shape[-1])).transpose(-3, -2) for x in (q, k, v))
+    with sdpa_kernel([SDPBackend.__members__[backend]]):
+        y = scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=q.shape[-3] != k.shape[-3])
+    return y.transpose(-3, -2)[..., :e]
+
+
+def project(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
+    import torch
+
+    return torch.nn.functional.linear(x, w.T, b)
+
+
+# Rotary embedding: torch.onnx.ops.rotary_embedding in its eager form, with exact tables.
+def rotate(
+    x: Tensor,
+    positions: Tensor,
+    base: float,
+    layout: str,
+    rotary_width: int | None = None,
+) -> Tensor:
+    import torch
+
+    width = x.shape[-1] if rotary_width is None else rotary_width
+    theta = base ** (-2.0 * torch.arange(width // 2, dtype=torch.float64) / max(width, 1))
+    phi = (positions[..., None] * theta).broadcast_to(*x.shape[:2], width // 2)
+    tables = (phi.cos().to(x.dtype), phi.sin().to(x.dtype))
+    interleaved = layout == "interleaved"
+    made = torch.onnx.ops.rotary_embedding(
+        x.transpose(1, 2), *tables, interleaved=interleaved, rotary_embedding_dim=width
+    )
+    return made.transpose(1, 2)
+
+
+# Low-rank adaptation: dense layers, autograd and the optimisers.
+def lora_delta(A: Tensor, B: Tensor, scale: float) -> Tensor:
+    return scale * (A @ B)
+
+
+def lora_apply(x: Tensor, W: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
+    import torch
+
+    linear = torch.nn.functional.linear
+    return linear(x, W.T) + scale * linear(linear(x, A.T), B.T)
+
+
+def lora_merge(W: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
+    import torch
+
+    return torch.addmm(W, A, B, alpha=scale)
+
+
+def lora_unmerge(W: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
+    import torch
+
+    return torch.addmm(W, A, B, alpha=-scale)
+
+
+def gradients_dense(G: Tensor, A: Tensor, B: Tensor, scale: float) -> tuple[Tensor, ...]:
+    return _gradients(lambda A, B: scale * (A @ B), G, A, B)
+
+
+def gradients_factored(x: Tensor, dy: Tensor, A: Tensor, B: Tensor, scale: float) -> tuple[Tensor, ...]:
+    import torch
+
+    linear = torch.nn.functional.linear
+    return _gradients(lambda A, B: scale * linear(linear(x, A.T), B.T), dy, A, B)
+
+
+def gradient_input(dy: Tensor, W: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
+    x = dy.new_zeros(*dy.shape[:-1], W.shape[0])
+    return _gradients(lambda x: lora_apply(x, W, A, B, scale), dy, x)[0]
+
+
+def _gradients(forward: Callable[..., Tensor], upstream: Tensor, *leaves: Tensor) -> tuple[Tensor, ...]:
+    """The gradients of <upstream, forward(*leaves)> by PyTorch's autograd."""
+    import torch
+
+    with torch.enable_grad():
+        leaves = tuple(leaf.detach().requires_grad_() for leaf in leaves)
+        return torch.autograd.grad(forward(*leaves), leaves, upstream)
+
+
+def sgd(A: Tensor, B: Tensor, G: Tensor, scale: float, learning_rate: float) -> tuple[Tensor, ...]:
+    import torch
+
+    factors = (A.clone(), B.clone())
+    for factor, gradient in zip(factors, gradients_dense(G, A, B, scale), strict=True):
+        factor.grad = gradient
+    torch.optim.SGD(factors, lr=learning_rate).step()
+    return factors
+
+
+def sgd_frozen(A: Tensor, B: Tensor, G: Tensor, scale: float, learning_rate: float) -> Tensor:
+    import torch
+
+    B = B.clone()
+    B.grad = gradients_dense(G, A, B, scale)[1]
+    torch.optim.SGD([B], lr=learning_rate).step()
+    return B
+
+
+def adamw_array(
+    parameter: Tensor, gradient: Tensor, m: Tensor, v: Tensor, step: int, beta_1: float, beta_2: float, **options: float
+) -> tuple[Tensor, ...]:
+    import torch
+
+    parameter = parameter.clone()
+    parameter.grad = gradient
+    optimiser = torch.optim.AdamW(
+        [parameter],
+        lr=options["learning_rate"],
+        betas=(beta_1, beta_2),
+        eps=options["epsilon"],
+        weight_decay=options["weight_decay"],
+    )
+    state = {"step": torch.tensor(float(step - 1)), "exp_avg": m.clone(), "exp_avg_sq": v.clone()}
+    optimiser.state[parameter] = state
+    optimiser.step()
+    return parameter, state["exp_avg"], state["exp_avg_sq"]
+
+
+def adamw(
+    A: Tensor,
+    B: Tensor,
+    G: Tensor,
+    m_A: Tensor,
+    v_A: Tensor,
+    m_B: Tensor,
+    v_B: Tensor,
+    scale: float,
+    **options: Any,
+) -> tuple[Tensor, ...]:
+    dA, dB = gradients_dense(G, A, B, scale)
+    new_A, new_B = adamw_array(A, dA, m_A, v_A, **options), adamw_array(B, dB, m_B, v_B, **options)
+    return new_A[0], new_B[0], *new_A[1:], *new_B[1:]
+
+
+# One kernel, which works in float32 or better and rounds once.
+SINGLE = {
+    "activation.relu": relu,
+    "activation.silu": silu,
+    "activation.gelu_erf": gelu_erf,
+    "activation.gelu_tanh": gelu_tanh,
+    "norm.rms_norm": rms_norm,
+    "norm.rms_norm_scaled": rms_norm,
+    "norm.layer_norm": layer_norm,
+    "attention_kernel.softmax": softmax,
+    "attention.project": project,
+}
+# Kernels in a row: in 16 bits, what lies between them is rounded.
+COMPOSED = {
+    "activation.elu_plus_one": elu_plus_one,
+    "rope.rotate_interleaved": partial(rotate, layout="interleaved"),
+    "rope.rotate_half_split": partial(rotate, layout="half_split"),
+    "rope.rotate_contiguous": rotate,
+    "lora.delta": lora_delta,
+    "lora.apply": lora_apply,
+    "lora.merge": lora_merge,
+    "lora.unmerge": lora_unmerge,
+    "lora.gradients_dense": gradients_dense,
+    "lora.gradients_factored": gradients_factored,
+    "lora.gradient_input": gradient_input,
+    "lora.sgd": sgd,
+    "lora.sgd_frozen": sgd_frozen,
+    "lora.adamw_array": adamw_array,
+    "lora.adamw": adamw,
+}
+
+
+def _tensor(array: np.ndarray) -> Tensor:
+    """A tensor on the memory of `array`; NumPy's bfloat16 is not PyTorch's, but the bits are."""
+    import torch
+
+    if array.dtype.name == "bfloat16":
+        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(array)
+
+
+def _array(tensor: Tensor) -> np.ndarray:
+    import torch
+
+    if tensor.dtype == torch.bfloat16:
+        import ml_dtypes
+
+        return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+    return tensor.numpy()
+
+
+def _on_arrays(function: Callable[..., Any]) -> Function:
+    """A function on tensors, as the judge calls it: arrays in, arrays out."""
+
+    def call(**arguments: Any) -> Any:
+        import torch
+
+        with torch.no_grad():
+            made = function(**{k: _tensor(v) if isinstance(v, np.ndarray) else v for k, v in arguments.items()})
+        return tuple(map(_array, made)) if isinstance(made, tuple) else _array(made)
+
+    return call
+
+
+def implementations() -> tuple[Implementation, ...]:
+    """float64 and float32 in one piece; the 16-bit formats once for each way of rounding."""
+    import torch
+
+    def made(dtype: str, name: str, functions: dict[str, Callable[..., Any]], suffix: str = "") -> Implementation:
+        called = {op: _on_arrays(f) for op, f in functions.items()}
+        return Implementation(f"torch{suffix}", called, Profile(dtype, name, "A64"), torch.__version__)
+
+    flash = {"attention.attend": partial(attend, backend="FLASH_ATTENTION")}
+    plain = {"attention.attend": partial(attend, backend="MATH")}
+    found = []
+    for dtype in DTYPES:
+        if Profile(dtype).sixteen_bit:
+            found += [made(dtype, "strict", SINGLE), made(dtype, "fused", flash), made(dtype, "eager", COMPOSED | plain)]
+        else:
+            found += [made(dtype, "strict", SINGLE | COMPOSED | flash), made(dtype, "strict", plain, ", math backend")]
+    return tuple(found)

@@ -1,0 +1,152 @@
+"""Ball arithmetic: literal radii, and honest low-precision evaluations that must stay inside."""
+
+import ml_dtypes
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from conformance import budget
+from conformance.budget import Arithmetic, Profile, einsum, gamma, round_to, softmax, where
+from conformance.generate import Draw
+
+F32 = Arithmetic(Profile("float32"), digits=True)
+U32 = 2.0**-24
+
+
+def test_round_to_is_a_single_correct_rounding():
+    # 1 + 2^-8 + 2^-40 lies just above the middle of two bfloat16 numbers; through float32 it would tie to even.
+    value = np.array([1 + 2.0**-8 + 2.0**-40])
+    assert round_to(value, "bfloat16")[0] == 1 + 2.0**-7
+    assert np.float32(value[0]).astype(ml_dtypes.bfloat16) == 1.0
+    assert round_to(np.array([65520.0, -65519.0]), "float16").tolist() == [np.inf, -65504.0]
+    assert round_to(np.array([2.0**-25, 2.0**-24]), "float16").tolist() == [0.0, 2.0**-24]
+
+
+def test_gamma():
+    assert gamma(3, 0.125) == pytest.approx(0.375 / 0.625)
+    assert np.isinf(gamma(4, 0.125))
+
+
+def test_midpoints_have_fifty_digits():
+    third = F32.exact(1.0) / 3.0
+    assert abs(third.mid[()] * 3 - 1) < budget.MP.mpf(10) ** -49
+    assert third.value == 1 / 3
+
+
+def test_product_radius_by_hand():
+    a = F32.ball(3.0, 0.5)
+    b = F32.ball(-2.0, 0.25)
+    # |(3 +- .5)(-2 +- .25) + 6| <= .5*2.25 + 3*.25, then one rounding of at most 6 + 1.875 in magnitude.
+    spread = 0.5 * 2.25 + 3 * 0.25
+    rounding = U32 / (1 - U32) * (6 + spread)
+    assert (a * b).rad[()] == pytest.approx(spread + rounding, rel=1e-12)
+
+
+def test_quotient_by_an_uncertain_divisor_says_nothing():
+    assert np.isinf((F32.exact(1.0) / F32.ball(1.0, 0.5)).rad)
+    assert np.isinf((F32.exact(1.0) / F32.exact(0.0)).rad)
+    assert (F32.exact(1.0) / F32.ball(1.0, 0.25)).rad == pytest.approx(0.25 / 0.75, rel=1e-6)
+
+
+def test_contraction_counts_every_rounding():
+    ones = F32.exact(np.ones(7))
+    # seven products, six additions: at most 7 + 1 roundings on any path, magnitude 7.
+    assert einsum("i,i->", ones, ones).rad == pytest.approx(float(gamma(8, U32)) * 7, rel=1e-9)
+    assert einsum("i,i->", ones, ones, length=20).rad == pytest.approx(float(gamma(20, U32)) * 7, rel=1e-9)
+
+
+def test_exact_movement_has_no_radius():
+    x = F32.exact(Draw("move").grid(3, 5))
+    for moved in (x[1:], x.reshape(5, 3), x.swapaxes(0, 1), -x, abs(x), budget.concatenate([x, x])):
+        assert not moved.rad.any()
+    assert not where(np.eye(3, 5, dtype=bool), x, 0.0).rad.any()
+
+
+def test_log_of_a_ball_that_touches_zero_says_nothing():
+    assert np.isinf(budget.log(F32.ball(1.0, 1.0)).rad)
+    assert budget.log(F32.ball(1.0, 0.5)).rad == pytest.approx(np.log(2), rel=1e-5)
+
+
+def test_overflow_in_the_storage_format_says_nothing():
+    half = Arithmetic(Profile("float16", "eager"))
+    assert np.isinf((half.exact(300.0) * 300.0).rad)
+    assert np.isfinite((Arithmetic(Profile("float16")).exact(300.0) * 300.0).rad)
+
+
+def test_fused_rounds_only_what_is_stored():
+    strict, fused, eager = (Arithmetic(Profile("bfloat16", name)) for name in budget.PROFILES)
+    assert strict.exact(3.0).stored().rad == 0
+    assert fused.exact(3.0).stored().rad == pytest.approx(3 * 2.0**-8)
+    assert (eager.exact(3.0) * 1.0).rad > 3 * 2.0**-8 > (fused.exact(3.0) * 1.0).rad
+
+
+def test_masked_softmax_rows_are_exact_where_masked():
+    mask = np.array([[True, False, True], [False, False, False]])
+    weights = softmax(F32.exact(np.array([[0.0, 9.0, 0.0], [1.0, 2.0, 3.0]])), mask)
+    assert weights.value.tolist() == [[0.5, 0.0, 0.5], [0.0, 0.0, 0.0]]
+    assert weights.rad[0, 1] == 0 and not weights.rad[1].any() and weights.rad[0, 0] > 0
+
+
+FUNCTIONS = {
+    "exp": (budget.exp, np.exp),
+    "sqrt": (lambda x: budget.sqrt(abs(x)), lambda x: np.sqrt(np.abs(x))),
+    "log": (lambda x: budget.log(abs(x) + 0.5), lambda x: np.log(np.abs(x) + type(x[0, 0])(0.5))),
+    "silu": (budget.silu, lambda x: x / (1 + np.exp(-x))),
+    "tanh": (budget.tanh, np.tanh),
+    "sigmoid": (budget.sigmoid, lambda x: 1 / (1 + np.exp(-x))),
+    "sin": (budget.sin, np.sin),
+    "square-sum": (lambda x: (x * x).sum(-1), lambda x: (x * x).sum(-1)),
+    "matmul": (lambda x: x @ x.swapaxes(0, 1), lambda x: x @ x.T),
+    "power": (lambda x: budget.power(abs(x) + 1.0, 1.7), lambda x: (np.abs(x) + 1) ** type(x[0, 0])(1.7)),
+    "softmax": (
+        lambda x: softmax(x * 8.0, np.ones(x.shape, bool)),
+        lambda x: (
+            np.exp(8 * x - (8 * x).max(-1, keepdims=True))
+            / np.exp(8 * x - (8 * x).max(-1, keepdims=True)).sum(-1, keepdims=True)
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+@pytest.mark.parametrize("digits", [False, True])
+def test_float32_evaluations_stay_inside(name, digits):
+    ball_function, float_function = FUNCTIONS[name]
+    x = Draw(f"honest/{name}").dense(5, 7, exponent=2)
+    ball = ball_function(Arithmetic(Profile("float32"), digits).exact(x)).finished()
+    error = np.abs(float_function(x.astype(np.float32)).astype(np.float64) - ball.value)
+    assert (error <= ball.rad).all()
+    # And the bound is not idle: at most a few hundred times what this evaluation does.
+    assert ball.rad.max() < 1e-3 * np.abs(ball.value).max()
+
+
+@pytest.mark.parametrize("name", ["exp", "silu", "tanh", "sigmoid", "square-sum", "matmul"])
+@given(seed=st.integers(0, 1000))
+@settings(max_examples=20)
+def test_eager_bfloat16_stays_inside_the_eager_bound(name, seed):
+    """Round after every operation, as a 16-bit framework without fusion does."""
+    x = Draw(f"eager/{seed}").grid(3, 5)
+
+    def keep(v):
+        return round_to(np.asarray(v, np.float64), "bfloat16")
+
+    computed = {
+        "exp": lambda: keep(np.exp(x)),
+        "silu": lambda: keep(x / keep(1 + keep(np.exp(-x)))),
+        "tanh": lambda: keep(np.tanh(x)),
+        "sigmoid": lambda: keep(1 / keep(1 + keep(np.exp(-x)))),
+        "square-sum": lambda: keep(keep(x * x).sum(-1)),
+        "matmul": lambda: keep(x @ x.T),
+    }[name]()
+    ball = FUNCTIONS[name][0](Arithmetic(Profile("bfloat16", "eager")).exact(x)).finished()
+    assert (np.abs(computed - ball.value) <= ball.rad).all()
+
+
+@given(st.integers(0, 1000), st.sampled_from([1, 2, 3, 5]))
+@settings(max_examples=20)
+def test_float64_midpoints_agree_with_fifty_digits(seed, size):
+    x = Draw(f"two/{seed}").dense(size, 4, bits=53)
+    profile = Profile("float64", "strict", "A64")
+    fast, slow = (FUNCTIONS["softmax"][0](Arithmetic(profile, d).exact(x)).finished() for d in (False, True))
+    assert (np.abs(fast.value - slow.value) <= fast.rad).all()

@@ -1,0 +1,179 @@
+"""A run from end to end: adapters from files, expected failures, reports, exit status."""
+
+import json
+import subprocess
+import sys
+from xml.etree import ElementTree
+
+import pytest
+
+from conformance import report, runner, vectors
+from conformance.adapters import AdapterError, load
+
+RIGHT = """
+import numpy as np
+def rms(x, epsilon):
+    y = x.astype(np.float64)
+    return (y / np.sqrt((y * y).mean(-1, keepdims=True) + max(epsilon, 1e-300))).astype(x.dtype)
+IMPLEMENTS = {"norm.rms_norm": rms}
+PROFILE = {"float64": "strict", "float32": "strict", "bfloat16": "strict"}
+"""
+WRONG = RIGHT.replace(".mean(", ".sum(")
+
+
+@pytest.fixture
+def right(tmp_path):
+    (tmp_path / "right.py").write_text(RIGHT)
+    return f"python:{tmp_path / 'right.py'}"
+
+
+@pytest.fixture
+def wrong(tmp_path):
+    (tmp_path / "wrong.py").write_text(WRONG)
+    return f"python:{tmp_path / 'wrong.py'}"
+
+
+def test_a_right_file_passes_and_the_rest_is_not_claimed(right):
+    run = runner.check(right)
+    assert run.ok and run.judged == run.promised > 0
+    assert "norm.layer_norm" in run.unclaimed and "norm.rms_norm" not in run.unclaimed
+    assert {v.op for v in run.verdicts} == {"norm.rms_norm"}
+
+
+def test_a_wrong_file_fails_and_the_bug_is_named(wrong):
+    run = runner.check(wrong, examples=3)
+    assert not run.ok
+    laws = report.failing_laws(run)["wrong.py", "norm.rms_norm", run.failures[0].dtype]
+    text = runner.message(run.failures[0], laws, wrong)
+    for part in ("norm.rms_norm case", "logic", "should be", "x the bound", "known bug", "Reproduce: refimpl repro"):
+        assert part in text, text
+
+
+def test_fewer_cases_than_promised_is_not_green(right, monkeypatch):
+    loaded = runner.load_vectors
+    monkeypatch.setattr(runner, "load_vectors", lambda *a: loaded(*a)[1:])
+    run = runner.check(right, examples=0)
+    assert not run.failures and run.judged < run.promised and not run.ok
+
+
+def test_nothing_compared_is_not_green(tmp_path):
+    (tmp_path / "all.py").write_text(
+        "from conformance.case import Unsupported\n"
+        "def f(**_):\n    raise Unsupported('later')\n"
+        "IMPLEMENTS = {'norm.rms_norm': f}\n"
+    )
+    run = runner.check(f"python:{tmp_path / 'all.py'}", examples=0)
+    assert not run.failures and not run.ok
+
+
+def expectations(tmp_path, text):
+    path = tmp_path / "xfails.txt"
+    path.write_text(text)
+    return runner.read_expected_failures(path)
+
+
+def test_expected_failures_are_strict(tmp_path, right, wrong):
+    every = expectations(tmp_path, "norm.rms_norm/*   # sums instead of averaging, to be mended\n")
+    run = runner.check(wrong, examples=3, expected=every)
+    assert run.ok and not run.failures and set(run.expected.values()) == {"sums instead of averaging, to be mended"}
+    assert not runner.check(right, examples=3, expected=every).ok, "a mended bug must be struck off the list"
+    idle = expectations(tmp_path, "norm.rms_norm/no-such-case  # never\n")
+    assert "matches no case" in runner.check(right, examples=0, expected=idle).complaints[0]
+
+
+def test_an_expectation_can_be_for_one_format(tmp_path, wrong):
+    one = expectations(tmp_path, "norm.rms_norm/* float64  # known\n")
+    run = runner.check(wrong, examples=0, expected=one)
+    assert {v.dtype for v in run.failures} == {"float32", "bfloat16"}
+
+
+def test_an_expectation_without_reason_is_refused(tmp_path):
+    with pytest.raises(AdapterError, match="xfails.txt:2"):
+        expectations(tmp_path, "# a comment\nnorm.rms_norm/grid\n")
+
+
+@pytest.mark.parametrize(
+    ("content", "complaint"),
+    [
+        ("x = 1\n", "expected IMPLEMENTS"),
+        ("IMPLEMENTS = {'norm.no_such': len}\n", "which is no operator"),
+        ("IMPLEMENTS = {'norm.rms_norm': 3}\n", "not callable"),
+        ("IMPLEMENTS = {'norm.rms_norm': len}\nPROFILE = {'float8': 'strict'}\n", "float8"),
+        ("IMPLEMENTS = {'norm.rms_norm': len}\nPROFILE = {'float32': 'sloppy'}\n", "sloppy"),
+        ("import no_such_module\n", "ModuleNotFoundError"),
+        ("def f(:\n", "SyntaxError"),
+    ],
+)
+def test_a_file_that_cannot_be_used_says_why(tmp_path, content, complaint):
+    (tmp_path / "bad.py").write_text(content)
+    with pytest.raises(AdapterError, match=complaint):
+        load(f"python:{tmp_path / 'bad.py'}")
+
+
+def test_unknown_adapters_and_operators_are_named():
+    with pytest.raises(AdapterError, match="expected one of spec"):
+        load("no-such")
+    with pytest.raises(AdapterError, match="no such file"):
+        load("python:no-such.py")
+    with pytest.raises(AdapterError, match="no operator or family 'ropes'"):
+        runner.check("spec", names=["ropes"])
+
+
+def test_reports_agree_with_the_run(wrong):
+    run = runner.check(wrong, examples=2)
+    lines = [json.loads(line) for line in report.json_lines(run).splitlines()]
+    assert lines[0]["corpus"] == vectors.read_manifest()["sha256"]
+    assert sum(x["event"] == "verdict" for x in lines) == len(run.verdicts)
+    assert lines[-1]["event"] == "summary" and lines[-1]["ok"] is False
+    suites = ElementTree.fromstring(report.junit(run))
+    assert sum(int(s.get("tests")) for s in suites) == len(run.verdicts)
+    assert sum(int(s.get("failures")) + int(s.get("errors")) for s in suites) == len(run.failures)
+    assert "| norm.rms_norm |" in report.markdown(run)
+
+
+def test_the_html_page_is_self_contained_and_escaped(wrong):
+    page = report.html([runner.check(wrong, examples=0)])
+    assert page.startswith("<!doctype html>") and "norm.rms_norm" in page and "logic" in page
+    for outside in ("http://", "<script", "<link", "@import"):
+        assert outside not in page
+    assert "&lt;" in report.html([runner.check(wrong, examples=0)], [("<b>", "x")])
+
+
+def test_a_report_appears_only_when_whole(tmp_path):
+    with pytest.raises(TypeError):
+        report.write(tmp_path / "r.html", 3)
+    assert list(tmp_path.iterdir()) == []
+
+
+def command(*words):
+    return subprocess.run([sys.executable, "-m", "conformance", *words], capture_output=True, text=True)
+
+
+def test_exit_status_and_files(tmp_path, right, wrong):
+    outputs = [f"--{kind}={tmp_path / kind}" for kind in ("json", "junit", "markdown", "html")]
+    done = command("check", wrong, "--examples=0", *outputs)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert sorted(p.name for p in tmp_path.iterdir() if p.suffix != ".py" and p.is_file()) == sorted(
+        ["json", "junit", "markdown", "html"]
+    )
+    assert command("check", right, "--examples=2").returncode == 0
+    missing = command("check", "python:no-such.py")
+    assert missing.returncode == 2 and "no such file" in missing.stderr and "Traceback" not in missing.stderr
+
+
+def test_repro_shows_the_worst_elements(wrong):
+    done = command("repro", "norm.rms_norm/grid", wrong, "--dtype", "float32")
+    assert done.returncode == 1 and "worst elements" in done.stdout and "logic" in done.stdout
+    unknown = command("repro", "norm.rms_norm/no-such", wrong)
+    assert unknown.returncode == 2 and "there are:" in unknown.stderr.replace("\n", " ")
+
+
+def test_ops_prints_a_stub_that_can_be_filled_in(tmp_path):
+    done = command("ops", "norm.rms_norm", "--stub", str(tmp_path / "mine.py"))
+    assert done.returncode == 0 and "C1." in done.stdout and "epsilon" in done.stdout
+    text = (tmp_path / "mine.py").read_text()
+    assert len(text.splitlines()) <= 15
+    assert command("check", f"python:{tmp_path / 'mine.py'}", "--examples=0").returncode == 1
+    body = "return x / np.sqrt((x * x).mean(-1, keepdims=True) + epsilon)"
+    (tmp_path / "mine.py").write_text(text.replace("raise NotImplementedError  # return y", body))
+    assert command("check", f"python:{tmp_path / 'mine.py'}", "--examples=0", "--dtype=float64").returncode in (0, 1)

@@ -1,0 +1,142 @@
+"""The judge's own judgement: what must fail fails, what is right passes."""
+
+import numpy as np
+import pytest
+
+from conformance import vectors
+from conformance.budget import Profile
+from conformance.case import Unsupported
+from conformance.verdict import compare, informative, judge
+from refimpl.ops import norm
+
+OP = "norm.rms_norm"
+F64, F32, BF16 = Profile("float64", "strict", "A64"), Profile("float32"), Profile("bfloat16")
+
+
+@pytest.fixture(scope="module")
+def corpus():
+    return {v.case.name: v for v in vectors.load(names=[OP])}
+
+
+def right(x, epsilon):
+    return norm.rms_norm(x.astype(np.float64), epsilon=epsilon).astype(x.dtype)
+
+
+@pytest.mark.parametrize("profile", [F64, F32, BF16, Profile("float16")])
+def test_the_right_answer_passes(corpus, profile):
+    outcomes = {judge("x", right, v, profile).outcome for v in corpus.values() if profile.dtype in v.case.dtypes}
+    assert outcomes == {"pass"}
+
+
+def outcome(corpus, function, name="grid", profile=F32):
+    return judge("x", function, corpus[name], profile)
+
+
+def test_nan_anywhere_fails(corpus):
+    def one_nan(x, epsilon):
+        y = right(x, epsilon)
+        y.flat[3] = np.nan
+        return y
+
+    assert outcome(corpus, one_nan).outcome == "logic"
+
+
+def test_zeros_and_constants_fail(corpus):
+    assert outcome(corpus, lambda x, epsilon: np.zeros_like(x)).outcome == "logic"
+    assert outcome(corpus, lambda x, epsilon: np.full_like(x, right(x, epsilon).mean())).outcome == "logic"
+
+
+def test_a_modified_input_fails(corpus):
+    def in_place(x, epsilon):
+        y = right(x, epsilon)
+        x *= 2
+        return y
+
+    verdict = outcome(corpus, in_place)
+    assert verdict.outcome == "logic" and "argument x was modified" in verdict.message
+
+
+def test_a_cached_result_fails(corpus):
+    kept = {}
+
+    def cached(x, epsilon):
+        return kept.setdefault("y", right(x, epsilon))
+
+    assert outcome(corpus, cached).outcome == "pass"
+    assert outcome(corpus, cached).outcome == "logic"
+
+
+def test_wrong_shapes_and_counts_fail(corpus):
+    assert "shape" in outcome(corpus, lambda x, epsilon: right(x, epsilon)[..., :-1]).message
+    assert "2 results" in outcome(corpus, lambda x, epsilon: (right(x, epsilon),) * 2).message
+
+
+def test_an_exception_is_errored_and_a_declined_case_skipped(corpus):
+    def raises(x, epsilon):
+        raise RuntimeError("kernel not found")
+
+    def declines(x, epsilon):
+        raise Unsupported("three axes only")
+
+    assert outcome(corpus, raises).message == "RuntimeError: kernel not found"
+    assert (outcome(corpus, declines).outcome, outcome(corpus, declines).message) == ("skipped", "three axes only")
+
+
+def test_too_little_precision_is_precision_not_logic(corpus):
+    """float64 claimed, float32 computed."""
+
+    def single(x, epsilon):
+        return right(x.astype(np.float32), epsilon).astype(np.float64)
+
+    verdict = outcome(corpus, single, profile=F64)
+    assert verdict.outcome == "precision" and "float32" in verdict.message
+
+
+def test_one_percent_on_one_row_is_seen(corpus):
+    def last_row(x, epsilon):
+        y = right(x, epsilon)
+        y[-1] *= y.dtype.type(1.01)
+        return y
+
+    assert outcome(corpus, last_row).outcome == "logic"
+
+
+def test_exact_cases_ask_for_equality(corpus):
+    name = next(n for n, v in corpus.items() if v.case.exact)
+
+    def nearly(x, epsilon):
+        y = right(x, epsilon).astype(np.float64)
+        return np.nextafter(y.astype(np.float32), np.float32(9))
+
+    assert judge("x", nearly, corpus[name], F32).outcome == "precision"
+    assert judge("x", right, corpus[name], F32).outcome == "pass"
+
+
+def vector_of(expected, bound):
+    """A vector with hand-made expectations."""
+    case = next(iter(vectors.cases([OP])))
+    return vectors.Vector(case, {"y": np.array(expected)}, {"float32-strict": {"y": np.array(bound)}})
+
+
+def test_infinities_must_be_met_exactly():
+    vector = vector_of([-np.inf, 1.0], [0.0, 0.1])
+    assert compare([np.array([-np.inf, 1.05])], vector, F32, exact=False).ok
+    for wrong in ([np.inf, 1.0], [-1e12, 1.0], [np.nan, 1.0]):
+        assert not compare([np.array(wrong)], vector, F32, exact=False).ok
+
+
+def test_elements_without_information_are_counted_not_judged():
+    vector = vector_of([1.0, 0.5], [np.inf, 0.1])
+    result = compare([np.array([77.0, 0.45])], vector, F32, exact=False)
+    assert result.ok and result.unverifiable == 1 and result.elements == 2
+    assert informative(np.array([1.0, 0.5]), np.array([0.6, 0.4])).tolist() == [False, True]
+
+
+def test_the_worst_element_is_named():
+    result = compare([np.array([1.0, 2.5])], vector_of([1.0, 2.0], [0.1, 0.1]), F32, exact=False)
+    assert result.ratio == pytest.approx(5) and result.message.startswith("y[1]=2.5, should be 2; 5 x the bound")
+
+
+def test_empty_outputs_compare():
+    result = compare([np.zeros((0, 3))], vector_of(np.zeros((0, 3)), np.zeros((0, 3))), F32, exact=False)
+    assert result.ok and result.elements == 0
