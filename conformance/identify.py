@@ -2,7 +2,8 @@
 
 Every feature in turn is set to 1 at every probed position, so that f(., p) is a d x d matrix M(p). M(0) shows the order
 of the output and a magnitude; the support of M(p) shows the pairs; atan2 shows their angles, whose growth with p shows
-the frequencies; their logarithms against the index show base, order and scaling. Nothing is tried from a list.
+the frequencies; their logarithms against the index show base, order and scaling. Any base is recovered; those in
+public use only settle the last digits.
 """
 
 from __future__ import annotations
@@ -30,12 +31,12 @@ FORMS = ("b n h d", "b h n d", "b n d", "n d")
 # Each at most twice the one before, so that an angle is followed without ambiguity, then the ends of common tables.
 POSITIONS = (1, 2, 3, 5, 8, 13, 21, 34, 55, 89, 144, 233, 377, 511, 610, 1000, 1023, 1025, 2047, 2049, 4095, 4097)
 # Bases in public use; a recovered base within its own uncertainty of one of these is taken for it.
-USUAL_BASES = (100.0, 10000.0, 25000.0, 50000.0, 100000.0, 150000.0, 160000.0, 500000.0, 1e6, 5e6, 8e6, 1e7, 1e8)
+USUAL_BASES = (10000.0, 25000.0, 50000.0, 100000.0, 150000.0, 160000.0, 500000.0, 1e6, 5e6, 8e6, 1e7, 1e8)
 
 # Entries below this are no part of a rotation: a one-hot input leaves exact zeros elsewhere.
 _ZERO = 1e-6
-# Angles may be off by this and by _DRIFT per radian turned: float32 angles to position 4097, with room.
-_ANGLE, _DRIFT = 1e-3, 2.0**-18
+# Angles may be off by this and by _DRIFT per radian turned, as float32 angles are.
+_ANGLE, _DRIFT = 1e-5, 2.0**-20
 # Lengths of pairs may scatter by this; bfloat16 results do by 2^-8.
 _SCATTER = 0.02
 
@@ -87,15 +88,13 @@ class Convention:
 
     def _described(self) -> str:
         parts = [self.layout, self.direction]
-        if self.rotary_width == self.width:
-            parts.append(f"all {self.width} features")
-        elif self.layout == "proportional":
-            parts.append(f"proportional partial, {self.rotary_width} of {self.width} features")
-        else:
-            parts.append(f"contiguous partial, features 0-{self.rotary_width - 1} of {self.width}")
+        if self.layout == "proportional":
+            parts[0] = f"proportional partial ({self.rotary_width} of {self.width} features)"
+        elif self.rotary_width < self.width:
+            parts[0] = f"{self.layout} contiguous partial (features 0-{self.rotary_width - 1} of {self.width})"
         if not math.isnan(self.base):
-            parts.append(f"base {self.base:.6g}")
-            if self.exponent_width != self.rotary_width:
+            parts.append(f"base {self.base:.9g}")
+            if self.rotary_width < self.width:
                 parts.append(f"exponent over {self.exponent_width}")
         if self.order == "reversed":
             parts.append("frequencies in reversed order")
@@ -124,7 +123,7 @@ def identify(function: Function, *, width: int = 16, form: str | None = None) ->
     try:
         apply, axes = _apply(function, width, form)
         known = replace(known, form=axes)
-        _check_positions_matter(apply, width)
+        _check_tokens(apply, width)
         matrices = _responses(apply, width)
         known = replace(known, probed_to=max(matrices))
         return _named(apply, known, matrices)
@@ -163,7 +162,7 @@ def _through(function: Function, axes: str, tokens: np.ndarray, positions: np.nd
         raise ValueError(f"the result has shape {result.shape} for x of shape {x.shape}")
     if "h" in letters:
         one, other = np.moveaxis(result, letters.index("h"), 0)
-        if not np.allclose(one, other, rtol=0.0, atol=1e-6 * np.abs(result).max(initial=1.0)):
+        if np.isfinite(result).all() and np.abs(one - other).max() > 1e-6 * np.abs(result).max(initial=1.0):
             raise ValueError("two equal heads come back different")
         result = one
     return result.reshape(tokens.shape)
@@ -182,12 +181,17 @@ def _call(function: Function, x: np.ndarray, positions: np.ndarray) -> np.ndarra
         return np.asarray(result.double().cpu().numpy())
 
 
-def _check_positions_matter(apply: Apply, width: int) -> None:
-    tokens = Draw("identify/positions").grid(7, width)
-    low, high = apply(tokens, np.arange(7)), apply(tokens, 3 * np.arange(7) + 11)
+def _check_tokens(apply: Apply, width: int) -> None:
+    """The result of a token depends on its own features and position, and on nothing else."""
+    tokens, positions = Draw("identify/tokens").grid(7, width), 3 * np.arange(7) + 11
+    low, high = apply(tokens, np.arange(7)), apply(tokens, positions)
     if np.array_equal(low, high):
         still = "nothing is rotated" if np.allclose(low, tokens) else "the index of the token is used instead"
         raise _Departed(f"the positions have no effect: {still}")
+    off = np.abs(apply(tokens[::-1], positions[::-1])[::-1] - high).max(axis=-1)
+    off[0] = max(off[0], np.abs(apply(np.concatenate([tokens[:1], -2 * tokens[1:]]), positions)[0] - high[0]).max())
+    if off.max() > 1e-5 * np.abs(high).max():
+        raise _Departed(f"tokens depend on one another or on their place: token {int(np.argmax(off))} of 7 does")
 
 
 def _responses(apply: Apply, width: int) -> dict[int, np.ndarray]:
@@ -215,20 +219,20 @@ def _named(apply: Apply, known: Convention, matrices: dict[int, np.ndarray]) -> 
     turned = {p: m @ start if start is not None else m[np.argsort(source)] for p, m in matrices.items()}
     first, second = _pairs(turned, d)
     layout = _layout(first, second, d)
-    magnitude = float(np.median(sizes[first])) if not offset else 1.0
-    known = replace(known, layout=layout or "", rotary_width=2 * len(first), magnitude=_snapped(magnitude))
+    magnitude = 1.0 if offset or abs(sizes[first] - 1).max() < 1e-3 else float(np.median(sizes[first]))
+    known = replace(known, layout=layout or "", rotary_width=2 * len(first), magnitude=magnitude)
     if layout is None:
         shown = ", ".join(f"({i}, {j})" for i, j in list(zip(first, second, strict=True))[:4])
         raise _Departed(f"the rotated pairs {shown}, ... are those of no known layout")
     known = replace(known, output=_output(source, d, 2 * len(first)))
-    theta, scatter, departures = _frequencies(turned, first, second, magnitude)
+    theta, precision, scatter, departures = _frequencies(turned, first, second, magnitude)
     known = replace(known, direction="counter-clockwise" if theta[0] > 0 else "clockwise")
     if not (np.sign(theta) == np.sign(theta[0])).all():
-        departures.append("some pairs turn clockwise, others counter-clockwise")
-    theta = np.abs(theta)
-    known = replace(known, frequencies=tuple(theta.tolist()))
-    known, more = _schedule(known, theta, 1e-3 + 4 * scatter)
-    departures += more
+        departures.append(_mixed(theta))
+    else:
+        theta = np.abs(theta)
+        known, more = _schedule(replace(known, frequencies=tuple(theta.tolist())), theta, precision)
+        departures += more
     if offset:
         departures.insert(0, _offset(matrices[0], first, second, theta))
     rest = np.setdiff1d(np.arange(d), np.concatenate([first, second]))
@@ -239,7 +243,7 @@ def _named(apply: Apply, known: Convention, matrices: dict[int, np.ndarray]) -> 
         departures.append("the output stands in an order of its own at position 0")
     if not departures:
         departures += _held_out(apply, matrices, scatter)
-    return replace(known, named=not departures, departures=tuple(departures))
+    return replace(known, named=not departures, departures=tuple(departures), magnitude=_snapped(known.magnitude))
 
 
 def _at_zero(matrices: dict[int, np.ndarray]) -> tuple[np.ndarray, np.ndarray, bool]:
@@ -305,10 +309,12 @@ def _output(source: np.ndarray, d: int, rotary: int) -> str:
 
 def _frequencies(
     turned: dict[int, np.ndarray], first: np.ndarray, second: np.ndarray, magnitude: float
-) -> tuple[np.ndarray, float, list[str]]:
-    """Signed angle per position of every pair, how far lengths scatter, and where angles stop growing with p."""
-    theta, scatter = np.zeros(len(first)), 0.0
-    measured = {}
+) -> tuple[np.ndarray, np.ndarray, float, list[str]]:
+    """Signed angle per position of every pair, its relative precision, how far lengths scatter, and where angles stop
+    growing with the position."""
+    theta, precision, scatter = np.zeros(len(first)), np.ones(len(first)), 0.0
+    measured: dict[int, np.ndarray] = {}
+    departures: list[str] = []
     for p, m in turned.items():
         a, b, c, e = m[first, first], m[first, second], m[second, first], m[second, second]
         length = np.hypot((a + e) / 2, (c - b) / 2) / magnitude
@@ -330,112 +336,137 @@ def _frequencies(
         angle = phi + 2 * np.pi * turns
         off = np.abs(angle - theta * p)
         allowed = _ANGLE + 4 * scatter + _DRIFT * np.abs(angle)
-        # Until about position 50 a frequency is only known to the precision of earlier, smaller angles.
-        known = p / max(q for q in (0.5, *measured) if q < p)
-        if p > 1 and (off > known * allowed).any():
+        # The frequency comes from a position at least half as far: its own error is doubled at most.
+        if p > 1 and (off > 3 * allowed).any():
             i = int(np.argmax(off / allowed))
-            return theta, scatter, [
+            # Slow pairs tell which position was taken instead.
+            slow = np.abs(theta * p) < 3
+            taken = f", as at position {np.median(phi[slow] / theta[slow]):.6g}" if slow.any() else ""
+            departures.append(
                 f"angles stop growing in proportion at position {p}: the pair ({first[i]}, {second[i]}) turns by "
-                f"{phi[i]:.4g}, expected {_wrapped(theta[i] * p):.4g}"
-            ]  # fmt: skip
+                f"{phi[i]:.4g} instead of {math.remainder(theta[i] * p, 2 * math.pi):.4g}{taken}"
+            )
+            break
         theta = angle / p
-    return theta, scatter, []
+        # The sine of a small angle has the relative precision of the result.
+        precision = (_ANGLE + 4 * scatter) / np.maximum(1.0, np.abs(angle)) + _DRIFT
+    return theta, precision, scatter, departures
 
 
-def _wrapped(angle: float) -> float:
-    return math.remainder(angle, 2 * math.pi)
+def _mixed(theta: np.ndarray) -> str:
+    """Pairs that turn in different directions, because whole turns are not seen at integer positions, perhaps."""
+    inverse = 2.0 * np.arange(len(theta)) / (2 * len(theta))
+    for base in USUAL_BASES:
+        if np.allclose(np.exp(1j * base**inverse), np.exp(1j * theta), atol=1e-3):
+            return f"frequencies grow: the exponent has the wrong sign, {base:.9g}^(+2i/{2 * len(theta)})"
+    return "some pairs turn clockwise, others counter-clockwise"
 
 
-def _schedule(known: Convention, theta: np.ndarray, tolerance: float) -> tuple[Convention, list[str]]:
+def _schedule(known: Convention, theta: np.ndarray, precision: np.ndarray) -> tuple[Convention, list[str]]:
     """Base, order and scaling of the frequencies; or how they depart from every known schedule."""
     r = len(theta)
-    exponent = known.width if known.layout == "proportional" else known.rotary_width
-    known = replace(known, exponent_width=exponent)
+    own = known.width if known.layout == "proportional" else known.rotary_width
+    known = replace(known, exponent_width=own)
     if r == 1:
-        if abs(theta[0] - 1) <= tolerance:
-            return replace(known, notes=("one pair: every base gives frequency 1",)), []
-        return _linear(replace(known, notes=("one pair: the base is unknown",)), float(theta[0])), []
-    reversed_ = theta[0] < theta[-1]
-    logs = np.log(theta[::-1] if reversed_ else theta)
-    known = replace(known, order="reversed" if reversed_ else "falling")
-    i = np.arange(r)
-    slope, level = np.polyfit(i, logs, 1)
-    if np.abs(logs - level - slope * i).max() <= tolerance:
-        known = _with_base(known, -slope, tolerance)
-        if abs(level) <= tolerance:
+        note = "one pair: layouts coincide and no base shows" if known.layout != "proportional" else "no base shows"
+        known = replace(known, notes=(note,))
+        return (known if abs(theta[0] - 1) <= precision[0] else _linear(known, theta[0])), []
+    if theta[0] < theta[-1]:
+        known = replace(known, order="reversed")
+        theta, precision = theta[::-1], precision[::-1]
+    i, logs = np.arange(r), np.log(theta)
+    slope, level = np.polyfit(i, logs, 1, w=1 / precision)
+    if (np.abs(logs - level - slope * i) <= 3 * precision).all():
+        spread = np.sqrt(np.sum(((i - np.average(i, weights=precision**-2.0)) / precision) ** 2))
+        known = _with_base(known, -slope, 3 / spread)
+        if abs(level) <= 3 * precision[0]:
             return known, []
-        if abs(level - slope) <= tolerance:
-            return known, [f"the exponent is counted from 1: the fastest frequency is {math.exp(level):.6g}, not 1"]
+        if abs(level - slope) <= 6 * precision[0]:
+            return known, [f"the exponent is counted from 1: the fastest frequency is {theta[0]:.6g}, not 1"]
         return _linear(known, math.exp(level)), []
-    found = _yarn(known, logs, tolerance)
+    found = _yarn(known, logs, precision)
     if found is not None:
         return found, []
-    ratios = np.diff(logs)
-    at = int(np.argmax(np.abs(ratios - np.median(ratios))))
-    shown = ", ".join(f"{t:.4g}" for t in theta[:6])
-    return known, [f"frequencies {shown}{', ...' if r > 6 else ''} are not geometric: they break after pair {at}"]
+    known = _with_base(known, -float(np.median(np.diff(logs))), 0.02)
+    plain = known.base ** (-2 * i / known.exponent_width)
+    worst = int(np.argmax(np.abs(logs - np.log(plain)) / precision))
+    pair = r - 1 - worst if known.order == "reversed" else worst
+    return known, [
+        f"the frequency of pair {pair} is {theta[worst]:.6g}, base {known.base:.6g} gives {plain[worst]:.6g}"
+    ]
 
 
 def _linear(known: Convention, fastest: float) -> Convention:
     return replace(known, scaling="linear", factor=_snapped(1 / fastest))
 
 
-def _with_base(known: Convention, step: float, tolerance: float) -> Convention:
+def _with_base(known: Convention, step: float, precision: float) -> Convention:
     """The base of frequencies that fall by exp(-step) from pair to pair; over which width, where both are possible."""
-    r = known.rotary_width // 2
 
-    # An error of the last logarithm is spread over the steps and multiplied by half of the exponent's width.
     def based(width: int) -> tuple[float, bool]:
         base = math.exp(step * width / 2)
-        near = [b for b in USUAL_BASES if abs(math.log(b / base)) <= tolerance * width / max(r - 1, 1)]
+        near = [b for b in USUAL_BASES if abs(math.log(b / base)) <= precision * width / 2]
         return (near[0], True) if near else (_snapped(base), False)
 
     own = known.exponent_width
     other = known.rotary_width if own == known.width else known.width
     base, usual = based(own)
-    if not usual and other != own:
-        foreign, common = based(other)
-        if common:
-            return replace(known, base=foreign, exponent_width=other)
-    notes = known.notes
-    if not usual and based(2 * own)[1]:
-        notes += (f"or base {based(2 * own)[0]:.6g} with the exponent -i/{own}",)
-    elif not usual and base > 1e4 and own > 2:
-        factor = (base / 1e4) ** ((own - 2) / own)
-        notes += (f"or base 10000 with NTK scaling by {_snapped(factor):.6g}",)
-    return replace(known, base=base, notes=notes)
+    if usual:
+        return replace(known, base=base)
+    if based(other)[1]:
+        return replace(known, base=based(other)[0], exponent_width=other)
+    note: tuple[str, ...] = ()
+    if based(2 * own)[1]:
+        note = (f"or base {based(2 * own)[0]:.9g} with the exponent -i/{own}",)
+    elif base > 1e4 and own > 2:
+        note = (f"or base 10000 with NTK scaling by {_snapped((base / 1e4) ** ((own - 2) / own)):.6g}",)
+    return replace(known, base=base, notes=known.notes + note)
 
 
-def _yarn(known: Convention, logs: np.ndarray, tolerance: float) -> Convention | None:
+def _yarn(known: Convention, logs: np.ndarray, precision: np.ndarray) -> Convention | None:
     """Fast pairs on one geometric sequence, slow ones on the same divided by a factor, a linear share between."""
-    r = len(logs)
-    steps = -np.diff(logs)
-    for step in dict.fromkeys((float(steps[0]), float(steps[-1]))):
-        based = _with_base(known, step, tolerance)
-        kept = np.exp(logs) * based.base ** (2 * np.arange(r) / based.exponent_width)
-        if abs(kept[0] - 1) > tolerance:
+    r, steps = len(logs), -np.diff(logs)
+    i, loose = np.arange(r), 10 * precision + 1e-4
+    # Two neighbours at the fast end, or at the slow end, lie on the unscaled sequence or on the divided one.
+    for at in dict.fromkeys((0, r - 2)):
+        based = _with_base(known, float(steps[at]), 2 * float(precision[at] + precision[at + 1]))
+        kept = np.exp(logs) * based.base ** (2 * i / based.exponent_width)
+        if abs(kept[0] - 1) > loose[0]:
             continue
         # The factor is told by the magnitude, or by pairs beyond the ramp.
         told = [math.exp((known.magnitude - 1) / 0.1)] if known.magnitude > 1 else []
         for factor in (*told, float(1 / kept[-1])):
-            if factor <= 1 + tolerance:
+            ramp = _ramp(kept, factor, loose) if factor > 1.01 else None
+            if ramp is None:
                 continue
-            share = (kept - 1 / factor) / (1 - 1 / factor)
-            # The first pair below 1 and the last one above 0, then the line through the ramp.
-            inside = np.flatnonzero((share < 1 - tolerance) & (share > tolerance))
-            top = int(np.flatnonzero(share >= 1 - tolerance)[-1])
-            if inside.size:
-                fall = share[inside[0]] - share[inside[-1]] if inside.size > 1 else share[top] - share[inside[0]]
-                per = fall / max(inside[-1] - inside[0], 1) if inside.size > 1 else fall / (inside[0] - top)
-                lo = int(round(inside[0] - (1 - share[inside[0]]) / per))
-                hi = int(round(lo + 1 / per))
-            else:
-                lo, hi = top, top + 1
-            line = np.clip((hi - np.arange(r)) / max(hi - lo, 1), 0, 1)
-            if np.abs(share - line).max() <= 4 * tolerance:
-                note = () if known.magnitude > 1 else ("without YaRN's magnitude",)
-                return replace(based, scaling="yarn", factor=_snapped(factor), ramp=(lo, hi), notes=based.notes + note)
+            notes = based.notes
+            if not told:
+                notes += ("without YaRN's magnitude",)
+                if ramp[1] >= r - 1:
+                    notes += ("the slowest pair lies on the ramp: factor and end of the ramp are only known together",)
+            return replace(based, scaling="yarn", factor=_snapped(factor), ramp=ramp, notes=notes)
     return None
+
+
+def _ramp(kept: np.ndarray, factor: float, loose: np.ndarray) -> tuple[int, int] | None:
+    """The indices between which the share of the unscaled frequency falls from 1 to 0, if it does so linearly."""
+    share = (kept - 1 / factor) / (1 - 1 / factor)
+    loose = loose / (1 - 1 / factor)
+    i = np.arange(len(kept))
+    top = int(np.flatnonzero(share >= 1 - loose)[-1])
+    inside = np.flatnonzero((share < 1 - loose) & (share > loose))
+    if not inside.size:
+        lo, hi = top, top + 1
+    else:
+        # A line through the first pair on the ramp and the last one, or the last pair before it.
+        begin, end = (inside[0], inside[-1]) if inside.size > 1 else (top, inside[0])
+        fall = (share[begin] - share[end]) / (end - begin)
+        if fall <= 0:
+            return None
+        lo = round(begin - (1 - share[begin]) / fall)
+        hi = round(begin + share[begin] / fall)
+    line = np.clip((hi - i) / max(hi - lo, 1), 0.0, 1.0)
+    return (lo, hi) if (np.abs(share - line) <= loose).all() else None
 
 
 def _offset(zero: np.ndarray, first: np.ndarray, second: np.ndarray, theta: np.ndarray) -> str:
@@ -455,7 +486,7 @@ def _held_out(apply: Apply, matrices: dict[int, np.ndarray], scatter: float) -> 
     if off.max() > (1e-5 + 4 * scatter) * np.abs(tokens).max() * 2:
         token, feature = (int(v) for v in np.unravel_index(np.argmax(off), off.shape))
         return [
-            f"not linear, or tokens depend on one another: feature {feature} at position {positions[token]} is "
+            f"not linear: feature {feature} at position {positions[token]} is "
             f"{out[token, feature]:.4g}, its single responses add up to {expected[token, feature]:.4g}"
         ]
     return []

@@ -26,7 +26,9 @@ from conformance.case import OPERATORS, Case, cases, reference, selected
 
 FOLDER = Path(__file__).parent / "vectors"
 SCHEMA = 1
+# Bounds that nothing passes by: they tell too coarse an arithmetic inside from a fault of logic.
 FLOAT32_INSIDE = "float32-inside"
+ELEVEN_BITS_INSIDE = "11-bits-inside"
 PROVENANCE = (
     "inputs: SplitMix64 named by the case (conformance/generate.py); expected: the references in conformance/ops "
     "at 50 decimal digits, rounded once to float64; bounds: conformance/budget.py, rounded up to 12 bits"
@@ -66,10 +68,15 @@ def build(case: Case) -> Vector:
         balls = reference(case.under(profile), digits=True)
         expected = {name: ball.value for name, ball in balls.items()}
         bounds[str(profile)] = {name: round_up(ball.rad) for name, ball in balls.items()}
-    if "float64" in case.dtypes:
-        # Tells "computed in float32 inside" from a fault of logic; nothing passes by it.
-        inside = reference(case.under(Profile("float32")), digits=True, blur=2.0**-24)
-        bounds[FLOAT32_INSIDE] = {name: round_up(ball.rad) for name, ball in inside.items()}
+    coarse = {
+        FLOAT32_INSIDE: (Profile("float32"), 2.0**-24),
+        ELEVEN_BITS_INSIDE: (Profile("float16", "eager"), 2.0**-11),
+    }
+    for key, dtype in ((FLOAT32_INSIDE, "float64"), (ELEVEN_BITS_INSIDE, "float32")):
+        if dtype in case.dtypes:
+            profile, blur = coarse[key]
+            balls = reference(case.under(profile), digits=True, blur=blur)
+            bounds[key] = {name: round_up(ball.rad) for name, ball in balls.items()}
     if not expected:
         raise CorpusError(f"{case.id}: no storage format holds every float input exactly")
     return Vector(case, expected, bounds)

@@ -1,8 +1,8 @@
 """PyTorch's own kernels on the CPU: norms, softmax, activations, fused attention, optimisers, autograd.
 
 Each mapping calls the kernel that PyTorch ships for an operator; what PyTorch has no kernel for is not claimed.
-16-bit formats are declared as each kernel computes: strict where it works in float32 and rounds once, fused for the
-flash kernel of scaled_dot_product_attention, eager where several kernels stand in a row.
+16-bit formats are declared as each kernel computes: strict where it works in float32 and rounds once (the math backend
+of scaled_dot_product_attention does), fused for its flash backend, eager where several kernels stand in a row.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from conformance.adapters import Implementation
+from conformance.adapters.tensors import to_array, to_tensor
 from conformance.budget import DTYPES, Profile
 from conformance.case import Function, Unsupported
 
@@ -73,10 +74,7 @@ def softmax(scores: Tensor, mask: Tensor | None) -> Tensor:
     return torch.nn.functional.softmax(visible, dim=-1)
 
 
-def attend(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, kernel: str, scale: float, *, backend: str
-) -> Tensor:
-    import torch
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, kernel: str, scale: float, *, backend: str) -> Tensor:
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.nn.functional import pad, scaled_dot_product_attention
 
@@ -222,7 +220,7 @@ def adamw(
 
 
 # One kernel, which works in float32 or better and rounds once.
-SINGLE = {
+SINGLE: dict[str, Function] = {
     "activation.relu": relu,
     "activation.silu": silu,
     "activation.gelu_erf": gelu_erf,
@@ -232,17 +230,17 @@ SINGLE = {
     "norm.layer_norm": layer_norm,
     "attention_kernel.softmax": softmax,
     "attention.project": project,
+    "lora.merge": lora_merge,
+    "lora.unmerge": lora_unmerge,
 }
 # Kernels in a row: in 16 bits, what lies between them is rounded.
-COMPOSED = {
+COMPOSED: dict[str, Function] = {
     "activation.elu_plus_one": elu_plus_one,
     "rope.rotate_interleaved": partial(rotate, layout="interleaved"),
     "rope.rotate_half_split": partial(rotate, layout="half_split"),
     "rope.rotate_contiguous": rotate,
     "lora.delta": lora_delta,
     "lora.apply": lora_apply,
-    "lora.merge": lora_merge,
-    "lora.unmerge": lora_unmerge,
     "lora.gradients_dense": gradients_dense,
     "lora.gradients_factored": gradients_factored,
     "lora.gradient_input": gradient_input,
@@ -253,34 +251,15 @@ COMPOSED = {
 }
 
 
-def _tensor(array: np.ndarray) -> Tensor:
-    """A tensor on the memory of `array`; NumPy's bfloat16 is not PyTorch's, but the bits are."""
-    import torch
-
-    if array.dtype.name == "bfloat16":
-        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
-    return torch.from_numpy(array)
-
-
-def _array(tensor: Tensor) -> np.ndarray:
-    import torch
-
-    if tensor.dtype == torch.bfloat16:
-        import ml_dtypes
-
-        return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
-    return tensor.numpy()
-
-
-def _on_arrays(function: Callable[..., Any]) -> Function:
+def _on_arrays(function: Function) -> Function:
     """A function on tensors, as the judge calls it: arrays in, arrays out."""
 
     def call(**arguments: Any) -> Any:
         import torch
 
         with torch.no_grad():
-            made = function(**{k: _tensor(v) if isinstance(v, np.ndarray) else v for k, v in arguments.items()})
-        return tuple(map(_array, made)) if isinstance(made, tuple) else _array(made)
+            made = function(**{k: to_tensor(v) if isinstance(v, np.ndarray) else v for k, v in arguments.items()})
+        return tuple(map(to_array, made)) if isinstance(made, tuple) else to_array(made)
 
     return call
 
@@ -289,16 +268,20 @@ def implementations() -> tuple[Implementation, ...]:
     """float64 and float32 in one piece; the 16-bit formats once for each way of rounding."""
     import torch
 
-    def made(dtype: str, name: str, functions: dict[str, Callable[..., Any]], suffix: str = "") -> Implementation:
+    def made(dtype: str, name: str, functions: dict[str, Function], suffix: str = "") -> Implementation:
         called = {op: _on_arrays(f) for op, f in functions.items()}
         return Implementation(f"torch{suffix}", called, Profile(dtype, name, "A64"), torch.__version__)
 
-    flash = {"attention.attend": partial(attend, backend="FLASH_ATTENTION")}
-    plain = {"attention.attend": partial(attend, backend="MATH")}
+    flash: dict[str, Function] = {"attention.attend": partial(attend, backend="FLASH_ATTENTION")}
+    plain: dict[str, Function] = {"attention.attend": partial(attend, backend="MATH")}
     found = []
     for dtype in DTYPES:
         if Profile(dtype).sixteen_bit:
-            found += [made(dtype, "strict", SINGLE), made(dtype, "fused", flash), made(dtype, "eager", COMPOSED | plain)]
+            found += [
+                made(dtype, "strict", SINGLE | plain),
+                made(dtype, "fused", flash),
+                made(dtype, "eager", COMPOSED),
+            ]
         else:
             found += [made(dtype, "strict", SINGLE | COMPOSED | flash), made(dtype, "strict", plain, ", math backend")]
     return tuple(found)

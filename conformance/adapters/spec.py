@@ -70,8 +70,9 @@ def _strip(value: Any, kind: type[Working]) -> Any:
         return type(value)(_strip(v, kind) for v in value) if type(value) in (tuple, list) else value
     if isinstance(value, dict):
         return {k: _strip(v, kind) for k, v in value.items()}
-    if isinstance(value, np.ndarray) and value.dtype.kind == "f":
-        return value.view(np.ndarray).astype(kind.compute, copy=False)
+    if isinstance(value, np.ndarray):
+        plain = value.view(np.ndarray)
+        return plain.astype(kind.compute, copy=False) if plain.dtype.kind == "f" else plain
     if isinstance(value, np.floating):
         return kind.compute(value)
     return value

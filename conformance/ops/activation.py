@@ -203,7 +203,7 @@ def _erf(x: np.ndarray) -> np.ndarray:
 MUTANTS = (
     Mutant(RELU, "negative slope 0.01", lambda x: np.where(x > 0, x, 0.01 * x)),
     Mutant(RELU, "clipped at 6", lambda x: np.clip(x, 0, 6)),
-    Mutant(RELU, "absolute value", np.abs),
+    Mutant(RELU, "absolute value", lambda x: np.abs(x)),
     Mutant(RELU, "sign lost: min(x, 0)", lambda x: np.minimum(x, 0)),
     Mutant(RELU, "softplus", lambda x: np.log1p(np.exp(x))),
     Mutant(RELU, "squared", lambda x: np.maximum(x, 0) ** 2),
@@ -224,7 +224,7 @@ MUTANTS = (
     Mutant(TANH, "cubic term left out", lambda x: _tanh_form(x, cubic=0.0)),
     Mutant(ELU, "plus one left out", lambda x: activation.elu_plus_one(x) - 1),
     Mutant(ELU, "relu + 1", lambda x: np.maximum(x, 0) + 1),
-    Mutant(ELU, "exp everywhere", np.exp),
+    Mutant(ELU, "exp everywhere", lambda x: np.exp(x)),
     Mutant(ELU, "alpha 0.5", lambda x: np.where(x > 0, x + 1, 0.5 * np.expm1(np.minimum(x, 0)) + 1)),
     Mutant(ELU, "softplus", lambda x: np.log1p(np.exp(x))),
     Mutant(ELU, "clipped at 1", lambda x: np.exp(np.minimum(x, 0))),

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from hypothesis import strategies as st
 
-from conformance.budget import Arithmetic, Ball, Profile, einsum
+from conformance.budget import Arithmetic, Ball, Profile, einsum, round_to
 from conformance.case import Case, Function, Operator
 from conformance.generate import Draw, drawn
 from conformance.law import Law, close, equal, run
@@ -72,7 +72,9 @@ def causal_mask(a: Arithmetic, n: int, m: int) -> np.ndarray:
 def unilm_mask(a: Arithmetic, segment_ids: np.ndarray) -> np.ndarray:
     """A key is seen when it does not lie after the query among the tokens of segment 1."""
     rows = segment_ids.reshape(-1, segment_ids.shape[-1])
-    seen = [[[row[: j + 1].sum() <= row[: i + 1].sum() for j in range(len(row))] for i in range(len(row))] for row in rows]
+    seen = [
+        [[row[: j + 1].sum() <= row[: i + 1].sum() for j in range(len(row))] for i in range(len(row))] for row in rows
+    ]
     return np.array(seen, dtype=bool).reshape(*segment_ids.shape, segment_ids.shape[-1])
 
 
@@ -154,7 +156,9 @@ def _case(function: str, name: str, clauses: str, **arguments: Any) -> Case:
     return Case(f"attention.{function}", name, arguments, tuple(clauses.split()), **options)
 
 
-def _qkv(draw: Draw, b: int, n: int, m: int, h: int, g: int, d: int, e: int, exponent: int = -6) -> dict[str, np.ndarray]:
+def _qkv(
+    draw: Draw, b: int, n: int, m: int, h: int, g: int, d: int, e: int, exponent: int = -6
+) -> dict[str, np.ndarray]:
     return {
         "q": draw.grid(b, n, h, d, exponent=exponent),
         "k": draw.grid(b, m, g, d, exponent=exponent),
@@ -182,7 +186,9 @@ def _attend_cases() -> list[Case]:
     keys = key_rows("00111", "11100")
     cases = []
 
-    def add(name: str, clauses: str, arrays: dict[str, np.ndarray], mask: Any, kernel: str = "softmax", **more: Any) -> None:
+    def add(
+        name: str, clauses: str, arrays: dict[str, np.ndarray], mask: Any, kernel: str = "softmax", **more: Any
+    ) -> None:
         cases.append(_case("attend", name, clauses, **arrays, mask=mask, kernel=kernel, **{"scale": scale, **more}))
 
     def draw(name: str) -> Draw:
@@ -196,12 +202,22 @@ def _attend_cases() -> list[Case]:
     add("padding-left-and-right", "C2 C3", padded, keys, note="1024 in masked keys and values")
     nothing = np.concatenate([keys[:1], np.zeros_like(keys[:1])])
     add("nothing-visible", "C2", _qkv(draw("nothing"), 2, 2, 5, 3, 3, 7, 2), nothing)
-    add("causal", "C2 C3", _qkv(draw("causal"), 2, 7, 5, 2, 1, 7, 2), causal_mask(None, 7, 5),  # type: ignore[arg-type]
-        note="more queries than keys: the first two see nothing")
+    add(
+        "causal",
+        "C2 C3",
+        _qkv(draw("causal"), 2, 7, 5, 2, 1, 7, 2),
+        causal_mask(None, 7, 5),  # type: ignore[arg-type]
+        note="more queries than keys: the first two see nothing",
+    )
     heads = draw("per-head").mask(2, 3, 4, 5)
     add("mask-per-head", "C3", _qkv(draw("per-head"), 2, 4, 5, 3, 3, 7, 2), heads)
-    add("extreme", "C4", {**_qkv(draw("extreme"), 2, 3, 5, 2, 2, 7, 3), "k": 256 * draw("extreme/k").dense(2, 5, 2, 7)},
-        None, note="scores of standard deviation 200")
+    add(
+        "extreme",
+        "C4",
+        {**_qkv(draw("extreme"), 2, 3, 5, 2, 2, 7, 3), "k": 256 * draw("extreme/k").dense(2, 5, 2, 7)},
+        None,
+        note="scores of standard deviation 200",
+    )
     add("scale-one", "C4", _qkv(draw("scale"), 2, 3, 5, 2, 2, 7, 3, -7), None, scale=1.0)
     add("negative-scale", "C4", _qkv(draw("negative"), 2, 3, 5, 2, 2, 7, 3), None, scale=-0.5)
     long = _poison(_qkv(draw("plus"), 2, 2, 17, 2, 1, 7, 3), key_rows("1" * 17, "1" * 6 + "0" * 11), ("k", "v"))
@@ -217,7 +233,11 @@ def _attend_cases() -> list[Case]:
 
     def small(name: str, b: int, n: int, m: int, h: int, g: int, d: int, e: int) -> dict[str, np.ndarray]:
         d_ = draw(name)
-        return {"q": d_.ternary(b, n, h, d), "k": d_.ternary(b, m, g, d), "v": d_.grid(b, m, g, e, low=-7, high=7, exponent=0)}
+        return {
+            "q": d_.ternary(b, n, h, d),
+            "k": d_.ternary(b, m, g, d),
+            "v": d_.grid(b, m, g, e, low=-7, high=7, exponent=0),
+        }
 
     four = key_rows("01111", "10000")
     add("exact-visible", "C1 C2", _poison(small("e1", 2, 3, 5, 6, 2, 7, 3), four, ("k", "v")), four,
@@ -225,13 +245,22 @@ def _attend_cases() -> list[Case]:
     add("exact-grouped", "C1", small("e2", 2, 3, 5, 6, 3, 7, 2), None, "squared_relu_1", scale=0.25, exact=True)
     add("exact-one-head", "C4", small("e3", 3, 5, 7, 1, 1, 11, 2), None, "squared_relu_1", scale=-1.0, exact=True)
     shared = np.array([[True, False, True, True, True], [False] * 5, [False, False, True, False, False]])
-    add("exact-shared-mask", "C2 C3", small("e4", 2, 3, 5, 4, 1, 7, 3), shared, "squared_relu_visible", scale=2.0, exact=True)
+    add(
+        "exact-shared-mask",
+        "C2 C3",
+        small("e4", 2, 3, 5, 4, 1, 7, 3),
+        shared,
+        "squared_relu_visible",
+        scale=2.0,
+        exact=True,
+    )
     # Weight 9 on the first value against 1 on eight others: what is left is a ninth of every part.
     lone = np.concatenate([np.full((1, 1, 1, 3), 1.0), np.tile([1.0, 0.0, 0.0], (1, 8, 1, 1))], axis=1)
     values = np.concatenate([np.full((1, 1, 1, 2), 8.0), np.full((1, 8, 1, 2), -9.0)], axis=1)
     values[0, 0, 0, 1], values[0, 3, 0, 1] = 7.0, 1.0
     queries = np.array([[[[1.0, 1, 1]], [[1, 0, 0]], [[0, 1, -1]]]])
-    add("exact-cancellation", "C1", {"q": queries, "k": lone, "v": values}, None, "squared_relu_1", scale=1.0, exact=True,
+    arrays = {"q": queries, "k": lone, "v": values}
+    add("exact-cancellation", "C1", arrays, None, "squared_relu_1", scale=1.0, exact=True,
         note="72 - 72: an error of one part in a thousand shows in 16 bits")  # fmt: skip
     return cases
 
@@ -288,9 +317,16 @@ def _project_cases() -> list[Case]:
     ]  # fmt: skip
 
 
-def weights_of(draw: Draw, d: int, d_memory: int, heads: int, groups: int, width: int, e: int, out: int, bias: bool) -> dict:
+def weights_of(
+    draw: Draw, d: int, d_memory: int, heads: int, groups: int, width: int, e: int, out: int, bias: bool
+) -> dict:
     """Projections of width heads * width and so on, in steps of 2^-7."""
-    shapes = {"q": (d, heads * width), "k": (d_memory, groups * width), "v": (d_memory, groups * e), "o": (heads * e, out)}
+    shapes = {
+        "q": (d, heads * width),
+        "k": (d_memory, groups * width),
+        "v": (d_memory, groups * e),
+        "o": (heads * e, out),
+    }
     made: dict[str, Any] = {}
     for name, shape in shapes.items():
         made[f"w_{name}"] = draw.grid(*shape, low=-95, high=95, exponent=-7)
@@ -313,13 +349,13 @@ def _layer_cases() -> list[Case]:
         weights = weights_of(draw, 5, 7 if cross else 5, heads, groups, 4, 3, 5, bias)
         hidden = None if mask is None or not poison else ~mask.reshape(b, -1)[..., None]
         if cross:
-            memory = draw.grid(b, m, 7, low=-95, high=95)
-            arrays = {"x": draw.grid(b, n, 5, low=-95, high=95), "memory": memory}
-            arrays["memory"] = memory if hidden is None else np.where(hidden, 128.0, memory)
+            memory = draw.grid(b, m, 7, low=-63, high=63)
+            arrays = {"x": draw.grid(b, n, 5, low=-63, high=63), "memory": memory}
+            arrays["memory"] = memory if hidden is None else np.where(hidden, 4.0, memory)
             arrays |= {"mask": mask, "positions_q": positions[0], "positions_k": positions[1]}
         else:
-            x = draw.grid(b, m, 5, low=-95, high=95)
-            arrays = {"x": x if hidden is None else np.where(hidden, 128.0, x), "mask": mask, "positions": positions}
+            x = draw.grid(b, m, 5, low=-63, high=63)
+            arrays = {"x": x if hidden is None else np.where(hidden, 4.0, x), "mask": mask, "positions": positions}
         cases.append(_case(function, name, clauses, **arrays, **weights, **options))
 
     keys = key_rows("00111", "11100")
@@ -328,7 +364,14 @@ def _layer_cases() -> list[Case]:
     causal = np.tri(5, dtype=bool)
     add("plain", "C1", None, np.arange(5))
     add("no-bias", "C1", None, np.arange(5), bias=False)
-    add("padding-left-and-right", "C1", keys, counted, poison=True, note="128 in the padded tokens")
+    add(
+        "padding-left-and-right",
+        "C1",
+        keys,
+        counted,
+        poison=True,
+        note="4 in the padded tokens, four times the largest real feature",
+    )
     add("causal", "C1", causal, np.arange(5))
     add("grouped", "C1", None, some, heads=6, groups=2)
     add("half-split", "C1", None, some, layout="half_split")
@@ -748,7 +791,9 @@ def strategy(function: str, profile: Profile) -> st.SearchStrategy[Case]:
         return drawn(name, profile, mixer, **small, heads=grouping, kind=kinds, scale=scales, **options)
     if function in ("multi_head_attention", "cross_attention"):
         places = st.sampled_from(["qk", "q", "k", ""])
-        return drawn(name, profile, layer, **small, heads=grouping, kind=kinds, bias=st.booleans(), places=places, **options)
+        return drawn(
+            name, profile, layer, **small, heads=grouping, kind=kinds, bias=st.booleans(), places=places, **options
+        )
     if function == "project":
 
         def dense(draw: Draw, b: int, n: int, m: int, bias: bool) -> dict:
@@ -795,14 +840,18 @@ def _tiled(t: np.ndarray, times: int) -> np.ndarray:
 
 
 def _rotating(**hook: Any) -> Function:
-    def call(q: Any, k: Any, v: Any, mask: Any, positions_k: Any, layout: str, base: float, kernel: str, scale: float) -> Any:
+    def call(
+        q: Any, k: Any, v: Any, mask: Any, positions_k: Any, layout: str, base: float, kernel: str, scale: float
+    ) -> Any:
         made = {"positions": positions_k, "layout": layout, "base": base}
-        made |= {n: h(positions_k, layout, base) for n, h in hook.items() if n in made}
+        made |= {n: h(made[n]) for n, h in hook.items() if n in made}
         turned = np_rotate(v, made["positions"], made["base"], made["layout"])
         if "order" in hook:
             turned = turned[..., hook["order"](v.shape[-1])]
         if "k" in hook:
-            k = np_rotate(np.concatenate([k, k[..., :1]], -1) if k.shape[-1] % 2 else k, positions_k, base, layout)[..., : k.shape[-1]]
+            k = np_rotate(np.concatenate([k, k[..., :1]], -1) if k.shape[-1] % 2 else k, positions_k, base, layout)[
+                ..., : k.shape[-1]
+            ]
         return np_attend(q, k, turned, mask, kernel, scale)
 
     return call
@@ -811,7 +860,8 @@ def _rotating(**hook: Any) -> Function:
 def _layer(
     *, cross: bool = False, scale: Callable[[int, int], float] = lambda width, heads: width**-0.5,
     split: Callable[[np.ndarray, int], np.ndarray] | None = None, mask_of: Callable[[Any], Any] = lambda mask: mask,
-    place_q: Callable[[Any], Any] = lambda p: p, place_k: Callable[[Any], Any] = lambda p: p, base_of: Callable[[float], float] = float,
+    place_q: Callable[[Any], Any] = lambda p: p, place_k: Callable[[Any], Any] = lambda p: p,
+    base_of: Callable[[float], float] = float,
     values_too: bool = False, drop: tuple[str, ...] = (), share: Any = None, layout_of: dict[str, str] | None = None,
     rotate_whole: bool = False, merge: Callable[[np.ndarray], np.ndarray] | None = None,
 ) -> Function:  # fmt: skip
@@ -839,7 +889,9 @@ def _layer(
         if not rotate_whole:
             q, k = np_rotate(q, place_q(places[0]), base, layout), np_rotate(k, place_k(places[1]), base, layout)
         if values_too:
-            v = np_rotate(v if v.shape[-1] % 2 == 0 else np.pad(v, [(0, 0)] * 3 + [(0, 1)]), places[1], base, layout)[..., : v.shape[-1]]
+            v = np_rotate(v if v.shape[-1] % 2 == 0 else np.pad(v, [(0, 0)] * 3 + [(0, 1)]), places[1], base, layout)[
+                ..., : v.shape[-1]
+            ]
         more = {} if share is None else {"share": share}
         o = np_attend(q, k, v, mask_of(at["mask"]), at["kernel"], scale(width, heads), **more)
         return dense(merge(o) if merge else o.reshape(*o.shape[:2], -1), "o")
@@ -863,6 +915,15 @@ def _counted_from_start(p: Any) -> Any:
     return None if p is None else np.arange(p.shape[-1])
 
 
+def _left_seen(mask: Any) -> Any:
+    return None if mask is None else np.logical_or.accumulate(mask[..., ::-1], -1)[..., ::-1]
+
+
+def _exchanged(**at: Any) -> np.ndarray:
+    q, k = at["q"], at["k"]
+    return np_attend(**{**at, "q": k, "k": q} if q.shape == k.shape else at)
+
+
 def _uniform_when_hidden(**at: Any) -> np.ndarray:
     h, g = at["q"].shape[2], at["k"].shape[2]
     shape = (at["q"].shape[0], h, at["q"].shape[1], at["k"].shape[1])
@@ -873,7 +934,8 @@ def _uniform_when_hidden(**at: Any) -> np.ndarray:
 
 MUTANTS = (
     _mutant("attend", "key heads are tiled: query head h uses head h mod g", _mixer(share=lambda **at: _tiled)),
-    _mutant("attend", "only the first key head is used", _mixer(k=lambda k, **at: k[:, :, :1], v=lambda v, **at: v[:, :, :1])),
+    _mutant("attend", "only the first key head is used",
+            _mixer(k=lambda k, **at: k[:, :, :1], v=lambda v, **at: v[:, :, :1])),
     _mutant("attend", "values of the next key head", _mixer(v=lambda v, **at: np.roll(v, 1, axis=2))),
     _mutant("attend", "the scale is 1/√d whatever is asked", _mixer(scale=lambda q, **at: q.shape[-1] ** -0.5)),
     _mutant("attend", "the scale is applied twice", _mixer(scale=lambda scale, **at: scale * abs(scale))),
@@ -882,26 +944,26 @@ MUTANTS = (
             _mixer(mask=lambda mask, **at: None if mask is None else ~mask)),
     _mutant("attend", "a fully masked row is the mean of the values", _uniform_when_hidden),
     _mutant("attend", "queries and keys exchanged in the scores",
-            lambda **at: np_attend(**{**at, "q": at["q"] + 0}) if at["q"].shape[1] != at["k"].shape[1] or at["q"].shape[2] != at["k"].shape[2]
-            else np_attend(**{**at, "q": at["k"], "k": at["q"]})),
+            _exchanged),
     _mutant("attend", "the kernel is always softmax", _mixer(kernel=lambda **at: "softmax")),
     _mutant("attend", "masks count before the heads are shared: the first head's mask serves all",
             _mixer(mask=lambda mask, **at: mask[:, :1] if mask is not None and mask.ndim == 4 else mask)),
     _mutant("attend", "values one key late", _mixer(v=lambda v, **at: np.roll(v, 1, axis=1))),
-    _mutant("attend_rotated_values", "values are not rotated", _rotating(positions=lambda p, l, b: 0 * p)),
-    _mutant("attend_rotated_values", "values are rotated backwards", _rotating(positions=lambda p, l, b: -p)),
-    _mutant("attend_rotated_values", "positions start at 1", _rotating(positions=lambda p, l, b: p + 1)),
+    _mutant("attend_rotated_values", "values are not rotated", _rotating(positions=lambda at: 0 * at)),
+    _mutant("attend_rotated_values", "values are rotated backwards", _rotating(positions=lambda at: -at)),
+    _mutant("attend_rotated_values", "positions start at 1", _rotating(positions=lambda at: at + 1)),
     _mutant("attend_rotated_values", "the two halves of pairs are concatenated, not interleaved back",
             _rotating(order=lambda d: np.argsort(np.arange(d) % 2, kind="stable"))),
     _mutant("attend_rotated_values", "half_split is taken for interleaved",
-            _rotating(layout=lambda p, l, b: "interleaved")),
-    _mutant("attend_rotated_values", "base 10000 whatever is asked", _rotating(base=lambda p, l, b: 10000.0)),
+            _rotating(layout=lambda at: "interleaved")),
+    _mutant("attend_rotated_values", "base 10000 whatever is asked", _rotating(base=lambda at: 10000.0)),
     _mutant("attend_rotated_values", "keys are rotated once more", _rotating(k=True)),
     _mutant("project", "W is transposed where it is square",
             lambda x, w, b: x @ (w.T if w.shape[0] == w.shape[1] else w) + (0 if b is None else b)),
     _mutant("project", "the bias is missing", lambda x, w, b: x @ w),
     _mutant("project", "the bias is added twice", lambda x, w, b: x @ w + 2 * (0 if b is None else b)),
-    _mutant("project", "the last input feature is left out", lambda x, w, b: x[..., :-1] @ w[:-1] + (0 if b is None else b)),
+    _mutant("project", "the last input feature is left out",
+            lambda x, w, b: x[..., :-1] @ w[:-1] + (0 if b is None else b)),
     _mutant("project", "inputs are rounded to bfloat16",
             lambda x, w, b: _coarse(x) @ _coarse(w) + (0 if b is None else b)),
     *(
@@ -949,8 +1011,6 @@ MUTANTS = (
 
 
 def _coarse(x: np.ndarray) -> np.ndarray:
-    from conformance.budget import round_to
-
     return round_to(x, "bfloat16")
 
 
@@ -970,7 +1030,7 @@ MUSEUM = (
             _layer(mask_of=lambda mask: None if mask is not None and mask.ndim == 2 else mask),
             "https://github.com/keras-team/keras/issues/23038"),
     _mutant("multi_head_attention", "left padding is not masked: only the keys after the real tokens are hidden",
-            _layer(mask_of=lambda mask: None if mask is None else np.logical_or.accumulate(mask[..., ::-1], -1)[..., ::-1]),
+            _layer(mask_of=_left_seen),
             "https://github.com/Blaizzy/mlx-vlm/pull/1946"),
     _mutant("cross_attention", "key heads are permuted as if there were as many as query heads per group",
             _layer(cross=True, share=_tiled), "https://github.com/ggml-org/llama.cpp/pull/3364"),

@@ -124,7 +124,7 @@ def _classify(name: str, shape: tuple[int, ...], classes: int, *, bits: int = 0,
 
 def _choose(name: str, mask: np.ndarray, width: int, clauses: str, *, exact: bool = False) -> Case:
     draw = Draw(f"head/choose/{name}")
-    take = draw.ternary if exact else draw.grid
+    take = draw.ternary if exact else draw.dense if name == "dense" else draw.grid
     x = np.where(mask[..., None], take(*mask.shape, width), 1024.0)
     arguments = {"x": x, "kernel": take(width, 1), "bias": take(1), "mask": mask}
     return Case(CHOOSE, name, arguments, tuple(clauses.split()), exact)
@@ -202,6 +202,7 @@ CASES = (
         for i, (shape, classes) in enumerate([((2, 5), 7), ((3, 7), 7), ((5, 11), 3), ((2, 3, 5), 2), ((13,), 5)])
     ),
     _choose("four-choices", _mask("1111", "1111"), 5, "C2"),
+    _choose("dense", _mask("11011", "01111"), 7, "C1"),
     _choose("missing-choices", _mask("1100", "1110", "1111"), 5, "C1"),
     _choose("missing-in-front", _mask("0011", "1011"), 7, "C1"),
     _choose("all-missing", _mask("000", "110"), 3, "C1 C3"),
@@ -586,8 +587,9 @@ def _pointer(
     elif wrong != "not rotated":
         q, k = _turn(q, phi), k if wrong == "query only" else _turn(k, phi)
     scores = np.einsum("...nhs,...mhs->...hnm", q, k)
-    scores = scores / {"unscaled": 1.0, "divided by s": float(s), "sqrt(2 s)": np.sqrt(2 * s)}.get(wrong, np.sqrt(s))
     n = mask.shape[-1]
+    divisor = {"unscaled": 1.0, "divided by s": float(s), "sqrt(2 s)": np.sqrt(2 * s), "sqrt(n)": np.sqrt(n)}
+    scores = scores / divisor.get(wrong, np.sqrt(s))
     upper = np.triu(np.ones((n, n), bool), k=1 if wrong == "no single tokens" else 0)
     visible = mask[..., :, None] & mask[..., None, :]
     if wrong == "ends only":
@@ -662,6 +664,10 @@ def _efficient_with(wrong: str) -> Function:
 
 def _choices(x: np.ndarray, kernel: np.ndarray, bias: np.ndarray, mask: np.ndarray, fill: float) -> np.ndarray:
     return np.where(mask, (x @ kernel + bias)[..., 0], fill)
+
+
+def _bias_once(x: np.ndarray, kernel: np.ndarray, bias: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    return _choices(x, kernel, 0 * bias, mask, -np.inf) + bias * (np.arange(mask.shape[-1]) == 0)
 
 
 def _choice_weights(x: np.ndarray, kernel: np.ndarray, bias: np.ndarray, mask: np.ndarray) -> np.ndarray:
@@ -752,6 +758,7 @@ MUTANTS = (
     Mutant(CHOOSE, "mask ignored", lambda x, kernel, bias, mask: (x @ kernel + bias)[..., 0]),
     Mutant(CHOOSE, "mask inverted", lambda x, kernel, bias, mask: _choose_right(x, kernel, bias, ~mask)),
     Mutant(CHOOSE, "bias left out", lambda x, kernel, bias, mask: _choose_right(x, kernel, 0 * bias, mask)),
+    Mutant(CHOOSE, "bias added to the first choice only", _bias_once),
     Mutant(CHOOSE, "softmax added", _choice_weights),
     Mutant(GLOBAL, "all queries, then all keys", _pointer_with("split")),
     Mutant(GLOBAL, "query and key in alternate channels", _pointer_with("channels")),
@@ -767,6 +774,7 @@ MUTANTS = (
     Mutant(GLOBAL, "not divided by sqrt(s)", _pointer_with("unscaled")),
     Mutant(GLOBAL, "divided by s", _pointer_with("divided by s")),
     Mutant(GLOBAL, "divided by sqrt(2 s)", _pointer_with("sqrt(2 s)")),
+    Mutant(GLOBAL, "divided by sqrt(n), the length of the array", _pointer_with("sqrt(n)")),
     Mutant(GLOBAL, "spans of one token left out", _pointer_with("no single tokens")),
     Mutant(GLOBAL, "lower triangle", _pointer_with("lower")),
     Mutant(GLOBAL, "no triangle", _pointer_with("square")),

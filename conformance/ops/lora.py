@@ -7,8 +7,9 @@ The references contract everything at once, so that a bound covers low-rank, mer
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import reduce
+from itertools import count
 from typing import Any
 
 import numpy as np
@@ -276,7 +277,7 @@ def _case(function: str, name: str, clauses: str, *, exact: bool = False, **argu
 
 
 # alpha / r with r unlike alpha and not dividing it.
-_RULE = {"learning_rate": 0.3, "beta_1": 0.9, "beta_2": 0.999, "epsilon": 1e-8, "weight_decay": 0.1}
+_RULE: dict[str, Any] = {"learning_rate": 0.3, "beta_1": 0.9, "beta_2": 0.999, "epsilon": 1e-8, "weight_decay": 0.1}
 
 
 def _products(function: str, clauses: str, exact_clauses: str) -> list[Case]:
@@ -426,7 +427,13 @@ def _optimisers() -> list[Case]:
         )
         made.append(_case(function, name, clauses, **arguments))
 
-    coarse = {"beta_1": 0.75, "beta_2": 0.5, "epsilon": 0.125, "learning_rate": 0.5, "weight_decay": 0.25}
+    coarse: dict[str, Any] = {
+        "beta_1": 0.75,
+        "beta_2": 0.5,
+        "epsilon": 0.125,
+        "learning_rate": 0.5,
+        "weight_decay": 0.25,
+    }
     for function in ("adamw_array", "adamw"):
         add(function, "grid", "C1 C2", **coarse)
         add(function, "dense", "C1 C2", bits=24)
@@ -435,7 +442,7 @@ def _optimisers() -> list[Case]:
         # Gradients of the size of epsilon: added inside the root or before the correction, it parts company here.
         add(function, "near-epsilon", "C2", exponent=-33, step=2, scale=0.7, weight_decay=0.0)
         add(function, "large-epsilon", "C2", epsilon=1.0, step=1, beta_2=0.9)
-        add(function, "no-averages", "C1 C2", beta_1=0.0, beta_2=0.0, epsilon=0.5, step=7)
+        add(function, "no-averages", "C1 C2", beta_1=0.0, beta_2=0.0, epsilon=1.0, step=7)
     zero, some = np.zeros((3, 5)), Draw("lora/some").grid(3, 5)
     some[:, 1:4] = 0.0
     made += [
@@ -467,7 +474,7 @@ def _additives() -> list[Case]:
     sizes = {
         "residues": ("grid", 6, 9, 3),
         "rank-one": ("grid", 5, 7, 1),
-        "dense": ("dense", 4, 6, 2),
+        "dense": ("dense", 6, 10, 2),
         "exact-residues": ("ternary", 6, 9, 3),
         "exact-rank-one": ("ternary", 5, 3, 1),
         "exact-rank-two": ("ternary", 6, 4, 2),
@@ -480,9 +487,14 @@ def _additives() -> list[Case]:
         ("additive_update", "C1 C2"),
     ):
         for name, (kind, d, e, r) in sizes.items():
-            draw = Draw(f"lora/{function}/{name}")
-            make = {"grid": draw.grid, "ternary": draw.ternary, "dense": draw.dense}[kind]
-            exact = kind == "ternary"
+            draw, exact, taken = Draw(f"lora/{function}/{name}"), kind == "ternary", count()
+
+            def make(*shape: int, draw: Draw = draw, kind: str = kind, taken: Iterator[int] = taken) -> np.ndarray:
+                if kind == "ternary":
+                    return draw.ternary(*shape)
+                # A and B of different magnitude, so that their sum is rounded.
+                return np.ldexp(draw.grid(*shape) if kind == "grid" else draw.dense(*shape), 5 * next(taken))
+
             rate = 0.5 if exact else 0.3
             arguments = _arguments(function, make, {"d": d, "e": e, "r": r}, learning_rate=rate)
             made.append(_case(function, name, clauses, exact=exact, **arguments))

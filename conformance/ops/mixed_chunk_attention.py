@@ -40,6 +40,7 @@ MODES = ("bidirectional", "causal", "causal_strict")
 WHOLE = tuple(f"mixed_chunk_attention.{mode}" for mode in MODES)
 CAUSAL = WHOLE[1:]
 STEP, HEADS, UNIT = (f"mixed_chunk_attention.{name}" for name in ("step", "scale_offset_heads", "unit"))
+EXACT, OVERLAP = (f"mixed_chunk_attention.{name}" for name in ("same_document", "overlapping_chunks"))
 TOKENS = ("q_quad", "k_quad", "q_lin", "k_lin", "v")
 
 KERNELS: dict[str, Callable[..., np.ndarray]] = {
@@ -268,12 +269,26 @@ def _unit_reference(
     return y if b_out is None else y + b_out
 
 
+def _same_document(a: Arithmetic, segments: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    ids = sorted({int(i) for i in segments.ravel()})
+    b, g, _ = segments.shape
+    return np.stack([segments == i for i in ids], axis=-1), np.ones((b, g, g), bool)
+
+
+def _overlapping_chunks(a: Arithmetic, segments: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    b, g, c = segments.shape
+    meets = [[[max(x.min(), y.min()) <= min(x.max(), y.max()) for y in row] for x in row] for row in segments]
+    return np.ones((b, g, c, 1), bool), np.array(meets)
+
+
 STATE = ("summary", "chunks", "counted", "held_k_quad", "held_k_lin", "held_v", "held_valid")
 OPERATORS = (
     *(Operator(op, _whole(m), partial(_reference, m), multilinear=True) for m, op in zip(MODES, WHOLE, strict=True)),
     Operator(STEP, _step, _step_reference, ("y", *STATE), multilinear=True),
     Operator(HEADS, mca.scale_offset_heads, _heads_reference, TOKENS[:4], multilinear=True),
     Operator(UNIT, _unit, _unit_reference),
+    Operator(EXACT, mca.same_document, _same_document, ("member", "reads")),
+    Operator(OVERLAP, mca.overlapping_chunks, _overlapping_chunks, ("member", "reads")),
 )
 
 
@@ -498,7 +513,21 @@ def _unit_cases() -> Iterator[Case]:
     yield case("one-token", "C2 C3", "bidirectional", 3, 1, 4)
 
 
+def _document_cases(op: str) -> Iterator[Case]:
+    def case(name: str, segments: Any) -> Case:
+        return Case(op, name, {"segments": np.array(segments)}, ("C1", "C2"))
+
+    yield case("borders-inside-chunks", np.concatenate([PACKED, PACKED[:, -1:]], axis=1).reshape(3, 4, 3))
+    yield case("borders-at-chunks", [[[0, 0], [1, 1], [1, 1], [2, 2]]])
+    yield case("neighbours-share-one-token", [[[0, 0, 0], [0, 1, 1], [1, 2, 2], [2, 2, 3], [4, 4, 4]]])
+    yield case("ranges-are-no-sets", [[[1, 3], [2, 2], [4, 4], [0, 9], [5, 5]]])
+    yield case("ids-come-back", [[[7, 7], [8, 8], [7, 7]], [[-1, 0], [3, 3], [0, -1]]])
+    yield case("chunks-of-one", [[[0], [0], [1], [2], [2]]])
+    yield case("one-document-beside-several", [[[5, 5, 5], [5, 5, 5]], [[5, 6, 6], [7, 8, 9]]])
+
+
 CASES = (*(c for mode in MODES for c in _whole_cases(mode)), *_step_cases(), *_heads_cases(), *_unit_cases())
+CASES += (*_document_cases(EXACT), *_document_cases(OVERLAP))
 
 
 # Laws.
@@ -538,6 +567,46 @@ def weights_of_the_local_part(implementation: Function, case: Case) -> None:
     expected = _per_row(KERNELS[case["kernel"]](scores, pairs.near), pairs.n_local[..., None])
     # The formula is formed in float64 as well.
     close("weights_of_the_local_part", case, out.value, expected, out.radius + 1e-12 * np.abs(expected))
+
+
+def lengths_of_every_normaliser(implementation: Function, case: Case) -> None:
+    """With weights of 1 everywhere a row is (visible near keys)/N_loc + (visible far keys)/N_lin, for every normaliser."""
+    b, n = case["v"].shape[:2]
+    ones = {name: np.ones((b, n, 1)) for name in TOKENS}
+    case = case.with_(**ones, bias=None, kernel="identity", scale=1.0)
+    apart = [] if case["documents"] is None else [case]
+    for name in NORMALISERS:
+        for drawn_case in (*apart, case.with_(segments=None, documents=None)):
+            one = drawn_case.with_(normaliser=name)
+            out, pairs = run(implementation, one)[0], _pairs(one)
+            expected = _per_row(pairs.near.sum(-1), pairs.n_local) + _per_row(pairs.far.sum(-1), pairs.n_linear)
+            close("lengths_of_every_normaliser", one, out.value[..., 0], expected, out.radius[..., 0])
+
+
+def a_sum_keeps_its_small_parts(implementation: Function, case: Case) -> None:
+    """4096 + 1 + 1 + ... is carried from chunk to chunk without losing the ones."""
+    b, n = case["v"].shape[:2]
+    ones = {name: np.ones((b, n, 1)) for name in TOKENS} | {"k_quad": np.zeros((b, n, 1))}
+    ones["v"][:, 0] = 4096.0
+    case = case.with_(
+        **ones, bias=None, kernel="identity", normaliser="unnormalised", chunk=2, key_mask=None, segments=None, documents=None
+    )  # fmt: skip
+    out = run(implementation, case)[0]
+    expected = _pairs(case).far @ ones["v"]
+    close("a_sum_keeps_its_small_parts", case, out.value, expected, out.radius)
+
+
+def fast_weights_do_not_depend_on_the_chunk(implementation: Function, case: Case) -> None:
+    """One query and one key in both parts, weights that are the scores: exclusive linear attention for every c."""
+    b, n = case["v"].shape[:2]
+    case = case.with_(
+        q_quad=case["q_lin"], k_quad=case["k_lin"], bias=None, kernel="identity", normaliser="unnormalised", scale=1.0,
+        key_mask=None, segments=None, documents=None,
+    )  # fmt: skip
+    expected = np.einsum("bis,bjs,ij,bje->bie", case["q_lin"], case["k_lin"], np.tri(n, k=-1), case["v"])
+    for chunk in {1, case["chunk"], n}:
+        out = run(implementation, case, chunk=chunk)[0]
+        close("fast_weights_do_not_depend_on_the_chunk", case, out.value, expected, out.radius)
 
 
 def _edited(case: Case, tokens: np.ndarray, names: tuple[str, ...]) -> dict[str, np.ndarray]:
@@ -619,7 +688,9 @@ def overlapping_chunks_read_ranges(implementation: Function, case: Case) -> None
     b, n = case["v"].shape[:2]
     ids = np.tile(np.arange(n) // max(case["chunk"] - 1, 1), (b, 1))
     segments = case["segments"] if case["documents"] == "overlapping_chunks" else ids
-    weights_of_the_linear_part(implementation, case.with_(segments=segments, documents="overlapping_chunks"))
+    case = case.with_(segments=segments, documents="overlapping_chunks", normaliser="unnormalised")
+    weights_of_the_linear_part(implementation, case)
+    weights_of_the_local_part(implementation, case)
 
 
 def two_steps_are_one(implementation: Function, case: Case) -> None:
@@ -678,6 +749,26 @@ def the_carried_sum_is_read_through_q_lin(implementation: Function, case: Case) 
     close("the_carried_sum_is_read_through_q_lin", case, out.value, expected, out.radius)
 
 
+def weights_of_the_local_part_of_a_step(implementation: Function, case: Case) -> None:
+    """With q_lin = 0 and one-hot values a row reads buffered and new keys with kernel(scale q.k + bias) / N_loc."""
+    b, n = case["v"].shape[:2]
+    f = case["held_v"].shape[1]
+    held_v, v = (np.broadcast_to(part, (b, *part.shape)).copy() for part in np.split(np.eye(f + n), [f]))
+    summary = np.zeros((b, case["q_lin"].shape[-1], f + n))
+    out = run(implementation, case, summary=summary, held_v=held_v, v=v, q_lin=0 * case["q_lin"])[0]
+    mask = np.ones((b, n), bool) if case["key_mask"] is None else case["key_mask"]
+    valid = np.concatenate([case["held_valid"], mask], axis=1)
+    pairs = dense("causal", valid, None, case["chunk"], case["normaliser"], None)
+    keys = np.concatenate([case["held_k_quad"], case["k_quad"]], axis=1)
+    scores = case["scale"] * np.einsum("bis,bjs->bij", case["q_quad"], keys)
+    if case["bias"] is not None:
+        place = np.arange(f + n) % case["chunk"]
+        scores = scores + case["bias"][place[f:, None], place]
+    expected = _per_row(KERNELS[case["kernel"]](scores, pairs.near[:, f:]), pairs.n_local[:, f:, None])
+    tolerance = out.radius + 1e-12 * np.abs(expected)
+    close("weights_of_the_local_part_of_a_step", case, out.value, expected, tolerance)
+
+
 def rows_make_heads(implementation: Function, case: Case) -> None:
     """gamma_r = 2^r and beta_r = r for row r: the head that `rows` sends there is 2^r z + r."""
     s = case["z"].shape[-1]
@@ -722,6 +813,60 @@ def equal_tokens_give_a_closed_form(implementation: Function, case: Case) -> Non
     close("equal_tokens_give_a_closed_form", case, out.value, expected, out.radius + 1e-12 * np.abs(expected))
 
 
+def equal_tokens_turn_by_their_positions(implementation: Function, case: Case) -> None:
+    """Tokens alike but for their positions: both scores are sums over pairs of |q||k| cos(phase + (p_i - p_j) theta)."""
+    n, s = case["x"].shape[1], case["gamma"].shape[1]
+    positions = np.arange(n) * 3 if case["positions"] is None else case["positions"]
+    case = case.with_(
+        bias=None, kernel="identity", normaliser="unnormalised", positions=positions, base=100.0,
+        w_in=_constant_projection(case, slice(None)),
+    )  # fmt: skip
+    out, e = run(implementation, case)[0], case["w_out"].shape[0]
+    h = np.zeros(case["w_in"].shape[1]) if case["b_in"] is None else case["b_in"] / (1 + np.exp(-case["b_in"]))
+    turn = np.exp(1j * np.outer(positions, 100.0 ** (-2.0 * np.arange(s // 2) / s)))
+    heads = []
+    for r in case["rows"]:
+        head = case["gamma"][r] * h[2 * e :] + case["beta"][r]
+        one, two = (head[0::2], head[1::2]) if case["layout"] == "interleaved" else (head[: s // 2], head[s // 2 :])
+        heads.append((one + 1j * two) * turn)
+    local, linear = ((q @ k.conj().T).real for q, k in (heads[:2], heads[2:]))
+    pairs = _pairs(case)
+    read = (case["scale"] * local * pairs.near + linear * pairs.far).sum(axis=-1)
+    expected = (h[:e] * h[e : 2 * e] * read[..., None]) @ case["w_out"]
+    if case["b_out"] is not None:
+        expected = expected + case["b_out"]
+    # The formula is formed in float64 as well.
+    own = 1e-11 * (1 + np.abs(expected).max())
+    close("equal_tokens_turn_by_their_positions", case, out.value, expected, out.radius + own)
+
+
+def ids_may_be_renamed(implementation: Function, case: Case) -> None:
+    """Only the order of the ids matters, not their values."""
+    one, two = run(implementation, case), run(implementation, case, segments=3 * case["segments"] - 7)
+    for first, second in zip(one, two, strict=True):
+        equal("ids_may_be_renamed", case, second.value, first.value)
+
+
+def tokens_share_a_column(implementation: Function, case: Case) -> None:
+    """same_document: a shared column of `member` means one id, columns in the order of ids; all sums are offered."""
+    member, reads = (out.value for out in run(implementation, case))
+    ids = case["segments"].reshape(len(case["segments"]), -1)
+    flat = member.reshape(ids.shape + (-1,))
+    equal("tokens_share_a_column", case, flat @ flat.swapaxes(1, 2), ids[:, :, None] == ids[:, None, :])
+    equal("tokens_share_a_column", case, flat @ np.unique(ids), ids)
+    equal("tokens_share_a_column", case, reads, np.ones(reads.shape))
+
+
+def ranges_that_meet_are_read(implementation: Function, case: Case) -> None:
+    """overlapping_chunks: some number lies in both closed ranges; nothing is split inside a chunk."""
+    member, reads = (out.value for out in run(implementation, case))
+    low, high = case["segments"].min(-1), case["segments"].max(-1)
+    number = np.arange(low.min(), high.max() + 1)
+    inside = (low[..., None] <= number) & (number <= high[..., None])
+    equal("ranges_that_meet_are_read", case, reads, (inside[:, :, None] & inside[:, None, :]).any(-1))
+    equal("ranges_that_meet_are_read", case, member, np.ones(case["segments"].shape + (1,)))
+
+
 def a_common_shift_of_positions_changes_nothing(implementation: Function, case: Case) -> None:
     """Scores depend on differences of positions, in both parts."""
     n = case["x"].shape[1]
@@ -750,6 +895,9 @@ def no_visible_key_gives_the_output_bias(implementation: Function, case: Case) -
 LAWS = (
     Law(weights_of_the_linear_part, WHOLE, ("C1", "C3")),
     Law(weights_of_the_local_part, WHOLE, ("C1",)),
+    Law(lengths_of_every_normaliser, WHOLE, ("C3",)),
+    Law(a_sum_keeps_its_small_parts, WHOLE),
+    Law(fast_weights_do_not_depend_on_the_chunk, WHOLE[2:], ("C2",)),
     Law(the_future_is_invisible, (*CAUSAL, UNIT), ("C1",)),
     Law(masked_keys_are_invisible, WHOLE),
     Law(padding_changes_nothing, (*WHOLE, UNIT)),
@@ -760,12 +908,17 @@ LAWS = (
     Law(two_steps_are_one, (STEP,), ("C1", "C2", "C3")),
     Law(the_state_is_a_sum_over_closed_chunks, (STEP,), ("C2",)),
     Law(the_carried_sum_is_read_through_q_lin, (STEP,), ("C1",)),
+    Law(weights_of_the_local_part_of_a_step, (STEP,), ("C1",)),
     Law(rows_make_heads, (HEADS,), ("C1",)),
     Law(the_gate_is_the_tokens_own, (UNIT,), ("C3",)),
     Law(equal_tokens_give_a_closed_form, (UNIT,), ("C2", "C3")),
+    Law(equal_tokens_turn_by_their_positions, (UNIT,), ("C1",)),
     Law(a_common_shift_of_positions_changes_nothing, (UNIT,), ("C1",)),
     Law(angle_zero_is_no_rotation, (UNIT,), ("C1",)),
     Law(no_visible_key_gives_the_output_bias, (UNIT,), ("C2",)),
+    Law(ids_may_be_renamed, (EXACT, OVERLAP)),
+    Law(tokens_share_a_column, (EXACT,), ("C1", "C2")),
+    Law(ranges_that_meet_are_read, (OVERLAP,), ("C1", "C2")),
 )
 
 
@@ -812,6 +965,12 @@ def strategy(function: str, profile: Profile) -> st.SearchStrategy[Case]:
                 "z": draw.grid(2, n, s), "gamma": draw.grid(4, s), "beta": draw.grid(4, s), "rows": tuple(rows)
             },
             n=st.integers(1, 5), s=st.integers(1, 5), rows=st.permutations([0, 1, 2, 3]),
+        )  # fmt: skip
+
+    if op in (EXACT, OVERLAP):
+        return drawn(
+            op, profile, lambda draw, g, c, spread: {"segments": draw.integers((2, g, c), -1, spread)},
+            g=st.integers(1, 5), c=st.integers(1, 4), spread=st.integers(0, 9),
         )  # fmt: skip
 
     def unit(draw: Draw, n: int, rotated: bool, with_bias: bool, mix: str, layout: str, rows: list[int], **more: Any) -> dict[str, Any]:
@@ -881,8 +1040,37 @@ def _within(w: Variables) -> np.ndarray:
     return {"bidirectional": np.ones((w["n"], w["n"]), bool), "causal": j <= i, "causal_strict": j < i}[w["mode"]]
 
 
-def _only(*conditions: bool, then: Callable[[], Variables]) -> Variables:
-    return then() if all(conditions) else {}
+def _chunk_pairs(w: Variables) -> np.ndarray:
+    """Near pairs but for masks and documents."""
+    same: np.ndarray = w["g"][:, None] == w["g"][None, :]
+    return same & _within(w)
+
+
+def _sum_pairs(w: Variables) -> np.ndarray:
+    """Far pairs but for masks and documents."""
+    earlier: np.ndarray = (w["g"][None, :] < w["g"][:, None]) | (w["mode"] == "bidirectional")
+    return earlier
+
+
+def _near(pairs: Callable[[Variables], np.ndarray]) -> Hook:
+    return lambda w: _recount(w, pairs(w), w["far"])
+
+
+def _far(pairs: Callable[[Variables], np.ndarray]) -> Hook:
+    return lambda w: _recount(w, w["near"], pairs(w))
+
+
+def _length(which: str, normalisers: str, formula: Callable[[Variables], Any]) -> Hook:
+    """Another length where the normaliser is one of those named."""
+    return lambda w: {which: formula(w) * np.ones_like(w[which])} if w["normaliser"] in normalisers.split() else {}
+
+
+def _where(argument: str, value: str | None, hook: Hook) -> Hook:
+    return lambda w: hook(w) if w[argument] == value else {}
+
+
+def _bias(change: Callable[[Variables], np.ndarray]) -> Hook:
+    return lambda w: {} if w["bias"] is None else {"bias": change(w)}
 
 
 def _regrouped(w: Variables) -> Variables:
@@ -934,48 +1122,110 @@ def _masked_scores(w: Variables) -> Variables:
     return {"weights": KERNELS[w["kernel"]](scores, seen)} if not w["documents"] else {}
 
 
+def _same_ids(w: Variables) -> np.ndarray:
+    same: np.ndarray = w["segments"][:, :, None] == w["segments"][:, None, :]
+    return same
+
+
+def _complete(w: Variables) -> np.ndarray:
+    """True on tokens of complete chunks."""
+    complete: np.ndarray = w["t"] < w["n"] // w["chunk"] * w["chunk"]
+    return complete[:, None]
+
+
 # What is wrong, in which operators, at which stage.
 _B, _C, _X = MODES
+_EXACT = partial(_where, "documents", "same_document")
+_UNPACKED = partial(_where, "documents", None)
+_RELU = partial(_where, "kernel", "squared_relu")
 FLAWS: tuple[tuple[str, tuple[str, ...], str, Hook], ...] = (
     ("the scale is left out", MODES, "inputs", lambda w: {"scale": 1.0}),
-    ("scores are divided by the square root of the scale", MODES, "inputs", lambda w: {"scale": w["scale"] ** 0.5}),
+    ("scores are multiplied by the root of the scale", MODES, "inputs", lambda w: {"scale": w["scale"] ** 0.5}),
     ("the quadratic queries serve both parts", MODES, "inputs", lambda w: {"q_lin": w["q_quad"]}),
     ("the quadratic keys serve both parts", MODES, "inputs", lambda w: {"k_lin": w["k_quad"]}),
-    ("the bias is multiplied by the scale", MODES, "inputs", lambda w: {"bias": None if w["bias"] is None else w["scale"] * w["bias"]}),
-    ("the bias is transposed", MODES, "inputs", lambda w: {"bias": None if w["bias"] is None else w["bias"].T}),
+    ("the bias is multiplied by the scale", MODES, "inputs", _bias(lambda w: w["scale"] * w["bias"])),
+    ("the bias is transposed", MODES, "inputs", _bias(lambda w: w["bias"].T)),
     ("values come one token late", MODES, "inputs", lambda w: {"v": np.roll(w["v"], 1, axis=1)}),
     ("chunks are aligned at the end of the sequence", MODES, "reach", _regrouped),
-    ("the prefix of sums is inclusive", (_C, _X), "reach", lambda w: _recount(w, w["near"], w["far"] | _own_chunk(w))),
-    ("the prefix of sums leaves the last chunk out", (_C, _X), "reach", lambda w: _recount(w, w["near"], w["far"] & (w["g"][None, :] < w["g"][:, None] - 1))),
-    ("the linear part is causal by token", (_C, _X), "reach", lambda w: _recount(w, w["near"], (w["t"][None, :] <= w["t"][:, None]) & _keys(w))),
-    ("a token does not read itself", (_C,), "reach", lambda w: _recount(w, w["near"] & (w["t"][None, :] < w["t"][:, None]), w["far"])),
-    ("a token reads itself", (_X,), "reach", lambda w: _recount(w, w["near"] | (np.eye(w["n"], dtype=bool) & _keys(w)), w["far"])),
-    ("the linear part leaves the own chunk out", (_B,), "reach", lambda w: _recount(w, w["near"], w["far"] & (w["g"][:, None] != w["g"][None, :]))),
-    ("masked keys enter the sums", MODES, "reach", lambda w: _only(not w["documents"], then=lambda: {"far": (w["g"][None, :] < w["g"][:, None]) | (w["mode"] == _B) | w["far"]})),
-    ("masked keys enter the chunk", MODES, "reach", lambda w: _only(not w["documents"], then=lambda: {"near": ((w["g"][None, :] == w["g"][:, None]) & _within(w)) | w["near"]})),
-    ("masked keys count in N_lin", MODES, "reach", lambda w: _only(w["normaliser"] == "visible", not w["documents"], then=lambda: {"n_linear": ((w["g"][None, :] < w["g"][:, None]) | (w["mode"] == _B)).sum(-1) * np.ones_like(w["n_linear"])})),
-    ("N_loc is c where it should count keys", MODES, "reach", lambda w: _only(w["normaliser"] == "visible", then=lambda: {"n_local": np.full_like(w["n_local"], w["chunk"])})),
-    ("N_loc is n where it should be c", MODES, "reach", lambda w: _only(w["normaliser"] == "su", then=lambda: {"n_local": np.full_like(w["n_local"], w["n"])})),
-    ("the linear sum is divided by the number of chunks, not of tokens", MODES, "reach", lambda w: _only(w["normaliser"] in ("su", "paper"), then=lambda: {"n_linear": -(-w["n_linear"] // w["chunk"])})),
-    ("the printed length (g-1) n/c", (_C, _X), "reach", lambda w: _only(w["normaliser"] == "su", then=lambda: {"n_linear": w["g"] * -(-w["n"] // w["chunk"]) * np.ones_like(w["n_linear"])})),
-    ("the padded tail counts in n", (_B,), "reach", lambda w: _only(w["normaliser"] in ("su", "lucidrains"), not w["documents"], then=lambda: {"n_linear": np.full_like(w["n_linear"], (w["g"][-1] + 1) * w["chunk"])})),
-    ("the padded tail does not count in G c", (_B,), "reach", lambda w: _only(w["normaliser"] == "paper", then=lambda: {"n_linear": np.minimum(w["n_linear"], w["n"])})),
-    ("the causal sum is divided by all n tokens", (_C, _X), "reach", lambda w: {"n_linear": np.full_like(w["n_linear"], w["n"])}),
-    ("documents are separated in the sums only", MODES, "reach", lambda w: _only(w["documents"] == "same_document", then=lambda: _recount(w, _own_chunk(w) & _within(w), w["far"]))),
-    ("documents are separated in the chunk only", MODES, "reach", lambda w: _only(w["documents"] == "same_document", then=lambda: _recount(w, w["near"], ((w["g"][None, :] < w["g"][:, None]) | (w["mode"] == _B)) & _keys(w)))),
+    ("the prefix of sums is inclusive", (_C, _X), "reach", _far(lambda w: w["far"] | _own_chunk(w))),
+    (
+        "the prefix of sums leaves the last chunk out", (_C, _X), "reach",
+        _far(lambda w: w["far"] & (w["g"][None, :] < w["g"][:, None] - 1)),
+    ),
+    (
+        "the linear part is causal by token", (_C, _X), "reach",
+        _far(lambda w: (w["t"][None, :] <= w["t"][:, None]) & _keys(w)),
+    ),
+    ("a token does not read itself", (_C,), "reach", _near(lambda w: w["near"] & ~np.eye(w["n"], dtype=bool))),
+    ("a token reads itself", (_X,), "reach", _near(lambda w: w["near"] | (np.eye(w["n"], dtype=bool) & _keys(w)))),
+    ("the linear part leaves the own chunk out", (_B,), "reach", _far(lambda w: w["far"] & ~_chunk_pairs(w))),
+    ("masked keys enter the sums", MODES, "reach", _UNPACKED(lambda w: {"far": _sum_pairs(w) | w["far"]})),
+    ("masked keys enter the chunk", MODES, "reach", _UNPACKED(lambda w: {"near": _chunk_pairs(w) | w["near"]})),
+    (
+        "masked keys count in N_lin", MODES, "reach",
+        _UNPACKED(_length("n_linear", "visible", lambda w: _sum_pairs(w).sum(-1))),
+    ),
+    ("N_loc is c where it should count keys", MODES, "reach", _length("n_local", "visible", lambda w: w["chunk"])),
+    ("N_loc is n where it should be c", MODES, "reach", _length("n_local", "su", lambda w: w["n"])),
+    (
+        "the linear sum is divided by the number of chunks, not of tokens", MODES, "reach",
+        _length("n_linear", "su paper", lambda w: -(-w["n_linear"] // w["chunk"])),
+    ),
+    (
+        "the printed length (g-1) n/c", (_C, _X), "reach",
+        _length("n_linear", "su", lambda w: w["g"] * -(-w["n"] // w["chunk"])),
+    ),
+    (
+        "the padded tail counts in n", (_B,), "reach",
+        _UNPACKED(_length("n_linear", "su lucidrains", lambda w: (w["g"][-1] + 1) * w["chunk"])),
+    ),
+    (
+        "the padded tail does not count in G c", (_B,), "reach",
+        _length("n_linear", "paper", lambda w: np.minimum(w["n_linear"], w["n"])),
+    ),
+    ("the causal sum is divided by all n tokens", (_C, _X), "reach", lambda w: {"n_linear": 0 * w["n_linear"] + w["n"]}),
+    (
+        "documents are separated in the sums only", MODES, "reach",
+        _EXACT(_near(lambda w: _chunk_pairs(w) & _keys(w))),
+    ),
+    (
+        "documents are separated in the chunk only", MODES, "reach",
+        _EXACT(_far(lambda w: _sum_pairs(w) & _keys(w))),
+    ),
     ("ranges of ids meet in their interiors only", MODES, "reach", lambda w: _ranges(w, _strict_ranges)),
     ("chunks are compared by their first id", MODES, "reach", lambda w: _ranges(w, _first_ids)),
-    ("ranges of ids split the own chunk too", MODES, "reach", lambda w: _only(w["documents"] == "overlapping_chunks", then=lambda: _recount(w, w["near"] & (w["segments"][:, :, None] == w["segments"][:, None, :]), w["far"]))),
-    ("relu is not squared", MODES, "weights", lambda w: _only(w["kernel"] == "squared_relu", then=lambda: {"weights": np.sqrt(w["weights"])})),
-    ("relu is left out of the square", MODES, "weights", lambda w: _only(w["kernel"] == "squared_relu", then=lambda: {"weights": (w["scores"] + w["offset"]) ** 2 * w["near"]})),
-    ("the bias is added after the kernel", MODES, "weights", lambda w: {"weights": KERNELS[w["kernel"]](w["scores"], w["near"]) + w["offset"] * w["near"]}),
+    (
+        "ranges of ids split the own chunk too", MODES, "reach",
+        _where("documents", "overlapping_chunks", _near(lambda w: w["near"] & _same_ids(w))),
+    ),
+    ("relu is not squared", MODES, "weights", _RELU(lambda w: {"weights": np.sqrt(w["weights"])})),
+    (
+        "relu is left out of the square", MODES, "weights",
+        _RELU(lambda w: {"weights": (w["scores"] + w["offset"]) ** 2 * w["near"]}),
+    ),
+    (
+        "the bias is added after the kernel", MODES, "weights",
+        lambda w: {"weights": KERNELS[w["kernel"]](w["scores"], w["near"]) + w["offset"] * w["near"]},
+    ),
     ("the mask zeroes scores before the kernel", MODES, "weights", _masked_scores),
-    ("rows are normalised to 1", MODES, "weights", lambda w: {"weights": _per_row(w["weights"], np.abs(w["weights"]).sum(-1, keepdims=True) + 1e-9)}),
-    ("queries are masked as well", MODES, "result", lambda w: {"local": w["local"] * w["valid"][..., None], "linear": w["linear"] * w["valid"][..., None]}),
-    ("the tail beyond complete chunks is dropped", MODES, "result", lambda w: _only(w["n"] % w["chunk"] != 0, then=lambda: {k: w[k] * (w["t"] < w["n"] // w["chunk"] * w["chunk"])[:, None] for k in ("local", "linear")})),
+    (
+        "rows are normalised to 1", MODES, "weights",
+        lambda w: {"weights": _per_row(w["weights"], np.abs(w["weights"]).sum(-1, keepdims=True) + 1e-9)},
+    ),
+    (
+        "queries are masked as well", MODES, "result",
+        lambda w: {k: w[k] * w["valid"][..., None] for k in ("local", "linear")},
+    ),
+    (
+        "the tail beyond complete chunks is dropped", MODES, "result",
+        lambda w: {k: w[k] * _complete(w) for k in ("local", "linear")},
+    ),
     ("the quadratic part is left out", MODES, "result", lambda w: {"local": 0 * w["local"]}),
     ("the linear part is left out", MODES, "result", lambda w: {"linear": 0 * w["linear"]}),
-    ("0/0 in the first chunk", (_C, _X), "result", lambda w: {"linear": np.where(w["n_linear"][..., None] > 0, w["linear"], np.nan)}),
+    (
+        "0/0 in the first chunk", (_C, _X), "result",
+        lambda w: {"linear": np.where(w["n_linear"][..., None] > 0, w["linear"], np.nan)},
+    ),
     ("the carried sum loses one part in a thousand", MODES, "result", lambda w: {"linear": 0.999 * w["linear"]}),
 )  # fmt: skip
 
@@ -1143,12 +1393,46 @@ _UNIT_FLAWS = (
     "the key mask is ignored", "the additive bias is ignored", "no gate", "the residual is added",
 )  # fmt: skip
 
+
+
+def _flawed_ranges(compare: Callable[[np.ndarray, np.ndarray], np.ndarray], **w: Any) -> tuple[np.ndarray, ...]:
+    ids = w["segments"]
+    return np.ones((*ids.shape, 1), bool), compare(ids.min(-1), ids.max(-1))
+
+
+def _in_order_of_appearance(segments: np.ndarray) -> tuple[np.ndarray, ...]:
+    ids = list(dict.fromkeys(segments.ravel().tolist()))
+    return segments[..., None] == np.array(ids), mca.same_document(segments).reads
+
+
+def _columns_by_range(segments: np.ndarray) -> tuple[np.ndarray, ...]:
+    return segments[..., None] == np.arange(segments.min(), segments.max() + 1), mca.same_document(segments).reads
+
+
+def _sets_of_ids(segments: np.ndarray) -> tuple[np.ndarray, ...]:
+    present = mca.same_document(segments).member.any(axis=-2)
+    return np.ones((*segments.shape, 1), bool), (present[:, :, None] & present[:, None, :]).any(axis=-1)
+
+
+_DOCUMENT_FLAWS: tuple[tuple[str, str, Function], ...] = (
+    (EXACT, "columns in order of appearance", _in_order_of_appearance),
+    (EXACT, "columns for ids that do not occur", _columns_by_range),
+    (EXACT, "chunks that share no document are not read", lambda segments: (mca.same_document(segments).member, _sets_of_ids(segments)[1])),
+    (EXACT, "a column per chunk range", mca.overlapping_chunks),
+    (OVERLAP, "ranges meet in their interiors only", partial(_flawed_ranges, _strict_ranges)),
+    (OVERLAP, "chunks are compared by their first id", partial(_flawed_ranges, _first_ids)),
+    (OVERLAP, "sets of ids are compared, not ranges", _sets_of_ids),
+    (OVERLAP, "one side of the comparison is missing", partial(_flawed_ranges, lambda low, high: low[:, :, None] <= high[:, None, :])),
+    (OVERLAP, "member separates documents", lambda segments: (mca.same_document(segments).member, mca.overlapping_chunks(segments).reads)),
+)
+
 MUTANTS = (
     *_flaws(),
     *(Mutant(STEP, bug, _flawed_step(**edits)) for bug, edits in _STEP_FLAWS),
     Mutant(STEP, "the sum is kept in bfloat16", _flawed_step(after=_coarse_state), precision=True),
     *(Mutant(HEADS, bug, partial(_flawed_heads, how=bug)) for bug in _HEADS_FLAWS),
     *(Mutant(UNIT, bug, partial(_flawed_unit, bug)) for bug in _UNIT_FLAWS),
+    *(Mutant(op, bug, call) for op, bug, call in _DOCUMENT_FLAWS),
 )
 
 
@@ -1167,6 +1451,16 @@ def _overwritten_ids(w: Variables) -> Variables:
     if w["segments"] is not None:
         w["segments"][...] = np.cumsum(np.ones_like(w["segments"]), axis=-1) - 1
     return {}
+
+
+def _padding_counts(w: Variables) -> Variables:
+    if w["normaliser"] != "visible":
+        return {}
+    return {"n_linear": 0 * w["n_linear"] + w["n"], "n_local": np.maximum(w["n_local"], _chunk_pairs(w).sum(-1))}
+
+
+def _received(w: Variables, out: list[Any]) -> None:
+    out[1] = w["summary"]
 
 
 def _piece(mode: str, bug: str, stage: str, hook: Hook, url: str) -> Mutant:
@@ -1204,10 +1498,7 @@ MUSEUM = (
         "https://github.com/lucidrains/FLASH-pytorch/issues/9",
     ),
     _piece(
-        "bidirectional", "padded keys stay in the normaliser", "reach",
-        lambda w: {} if w["normaliser"] != "visible" else {
-            "n_linear": np.full_like(w["n_linear"], w["n"]), "n_local": np.maximum(w["n_local"], _own_chunk({**w, "valid": np.ones_like(w["valid"])}).sum(-1))
-        },
+        "bidirectional", "padded keys stay in the normaliser", "reach", _padding_counts,
         "https://github.com/fla-org/flash-linear-attention/issues/1263",
     ),
     _piece(
@@ -1223,7 +1514,7 @@ MUSEUM = (
         "https://github.com/fla-org/flash-linear-attention/issues/285",
     ),
     Mutant(
-        STEP, "the state returned is the one received", _flawed_step(after=lambda w, out: out.__setitem__(1, w["summary"])),
+        STEP, "the state returned is the one received", _flawed_step(after=_received),
         "https://github.com/fla-org/flash-linear-attention/issues/494",
     ),
 )  # fmt: skip

@@ -241,6 +241,10 @@ def _length_minus_one(x: np.ndarray, epsilon: float) -> np.ndarray:
     return x / np.sqrt((x * x).sum(axis=-1, keepdims=True) / (x.shape[-1] - 1) + epsilon)
 
 
+def _last_feature_left_out(x: np.ndarray, epsilon: float) -> np.ndarray:
+    return x / np.sqrt((x[..., :-1] ** 2).sum(axis=-1, keepdims=True) / x.shape[-1] + epsilon)
+
+
 def _rescaled_without_epsilon(x: np.ndarray, epsilon: float) -> np.ndarray:
     largest = np.abs(x).max(axis=-1, keepdims=True)
     return x / largest / np.sqrt(_power(x / largest) + epsilon)
@@ -278,6 +282,7 @@ MUTANTS = (
     Mutant(RMS, "mean over the whole array", _whole_array),
     Mutant(RMS, "mean over the first axis", lambda x, epsilon: x / np.sqrt((x * x).mean(axis=0) + epsilon)),
     Mutant(RMS, "divided by d - 1", _length_minus_one),
+    Mutant(RMS, "last feature left out of the mean", _last_feature_left_out),
     Mutant(RMS, "0/0 for a row of zeros", lambda x, epsilon: x / np.sqrt(_power(x) + epsilon)),
     Mutant(RMS, "mean of magnitudes", lambda x, epsilon: x / (np.abs(x).mean(axis=-1, keepdims=True) + epsilon)),
     Mutant(RMS, "divided by the mean square", lambda x, epsilon: x / (_power(x) + epsilon)),

@@ -617,7 +617,8 @@ def _build_rotation(
 ) -> dict[str, Any]:
     rest = {"rotate_contiguous": rest, "rotate_proportional": 2 * rest}.get(function, 0)
     positions = draw.integers((2, tokens), 0, last)
-    positions[0, 0] = last
+    # Near and far positions in one row, as long as there are two tokens.
+    positions[:, 0], positions[1, -1] = last, last % 5
     made: dict[str, Any] = {"x": draw.grid(2, tokens, heads, width + rest), "positions": positions}
     if function == "rotate_contiguous":
         made |= {"rotary_width": width, "layout": layout}
@@ -806,8 +807,6 @@ def _gau_without(*names: str) -> Function:
 
 MUTANTS = (
     _wrong(_INTERLEAVED, "clockwise rotation", sign=-1.0),
-    _wrong(_INTERLEAVED, "pairs of the half-split layout", where=_as("half_split")),
-    _wrong(_INTERLEAVED, "exponent -i/D instead of -2i/D", theta=_powers(lambda i, d: -1.0 * i / d)),
     _wrong(_INTERLEAVED, "exponent counted from 1", theta=_powers(lambda i, d: -2.0 * (i + 1) / d)),
     _wrong(_INTERLEAVED, "frequencies in reversed order", theta=lambda w, b: _plain(w, b)[::-1]),
     _wrong(_INTERLEAVED, "both minus signs of the exponent: base^(+2i/D)", theta=_powers(lambda i, d: 2.0 * i / d)),
@@ -841,7 +840,7 @@ MUTANTS = (
         where=lambda layout, d, w: pairs({"interleaved": "half_split", "half_split": "interleaved"}[layout], d, w),
     ),
     _wrong(_CONTIGUOUS, "positions shifted by one", positions=lambda p: np.maximum(p - 1, 0)),
-    _wrong(_PROPORTIONAL, "contiguous pairs", where=_as("half_split")),
+    _wrong(_PROPORTIONAL, "adjacent pairs", where=_as("interleaved")),
     _wrong(_PROPORTIONAL, "exponent over the rotary width", counted="rotary"),
     _wrong(_PROPORTIONAL, "clockwise rotation", sign=-1.0),
     _wrong(_PROPORTIONAL, "one pair too few rotates", width=lambda d, r: max(r - 2, 0)),

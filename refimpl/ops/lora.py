@@ -279,7 +279,7 @@ def sgd_frozen(A: DR, B: RE, G: DE, *, scale: Number, learning_rate: Number) -> 
     C1. The B of sgd.
     C2. Linear in G; B enters by addition only.
     Raises: as sgd.
-    Source: LoRA-FA, arXiv:2308.03303. Differs: PEFT's LoRA-FA optimiser also applies (A^T A)^-1 / scale^2.
+    Source: LoRA-FA, arXiv:2308.03303. Differs: PEFT's LoRA-FA optimiser also applies (A^T A + delta I)^-1 / scale^2.
     """
     op = "lora.sgd_frozen"
     A, B, G = _factors(op, A, B, G=G)
