@@ -8,20 +8,19 @@ public use only settle the last digits.
 
 from __future__ import annotations
 
-import importlib.util
+import inspect
 import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 
 from conformance.adapters import AdapterError, load
-from conformance.case import Function, storage_type
+from conformance.adapters.python import load_file
+from conformance.case import Function, Unsupported, storage_type
 from conformance.generate import Draw
 
 Apply = Callable[[np.ndarray, np.ndarray], np.ndarray]
@@ -145,6 +144,8 @@ def _apply(function: Function, width: int, form: str | None) -> tuple[Apply, str
             if np.isfinite(apply(tokens, np.arange(7))).all():
                 return apply, axes
             refused = refused or f"{axes}: the result is not finite"
+        except _Departed:
+            raise
         except Exception as error:
             refused = refused or f"{axes}: {type(error).__name__}: {error}"
     raise _Departed(f"the function takes (x, positions) in none of the forms {', '.join(FORMS)} ({refused})")
@@ -156,7 +157,7 @@ def _through(function: Function, axes: str, tokens: np.ndarray, positions: np.nd
     letters = axes.split()
     where = [slice(None) if letter in "nd" else None for letter in letters]
     x = np.broadcast_to(tokens[tuple(where)], [shape[letter] for letter in letters]).astype(np.float64)
-    p = np.asarray(positions, np.int64)
+    p = np.ascontiguousarray(positions, np.int64)
     result = _call(function, x.copy(), p[None] if "b" in letters else p)
     if result.shape != x.shape:
         raise ValueError(f"the result has shape {result.shape} for x of shape {x.shape}")
@@ -172,13 +173,19 @@ def _call(function: Function, x: np.ndarray, positions: np.ndarray) -> np.ndarra
     """NumPy arrays first; tensors where the function's file has imported torch and wants those."""
     try:
         return np.asarray(function(x, positions), np.float64)
-    except Exception:
+    except Unsupported as reason:
+        raise _Departed(f"not provided: {reason}") from None
+    except Exception as refused:
         torch = sys.modules.get("torch")
         if torch is None:
             raise
-        with torch.no_grad():
-            result = function(torch.from_numpy(x).float(), torch.from_numpy(positions))
-        return np.asarray(result.double().cpu().numpy())
+        try:
+            with torch.no_grad():
+                result = function(torch.from_numpy(x).float(), torch.from_numpy(positions))
+            return np.asarray(result.double().cpu().numpy())
+        except Exception:
+            # What the function says about arrays is the better message.
+            raise refused from None
 
 
 def _check_tokens(apply: Apply, width: int) -> None:
@@ -502,10 +509,10 @@ def functions(adapter: str) -> dict[str, Function]:
     """FILE.py:FUNCTION, or every rotation of an adapter bound to base 10000 (half of the head where it is partial)."""
     path, _, name = adapter.rpartition(":")
     if path.endswith(".py") and not path.startswith("python:"):
-        found = getattr(_module(Path(path).expanduser()), name, None)
+        found = getattr(load_file(path), name, None)
         if not callable(found):
             raise AdapterError(f"identify: {path} has no function {name!r}")
-        return {name: found}
+        return {name: _given_base(found)}
     made: dict[str, Function] = {}
     for implementation in load(adapter):
         target = storage_type(implementation.profile.dtype)
@@ -515,6 +522,12 @@ def functions(adapter: str) -> dict[str, Function]:
     if not made:
         raise AdapterError(f"identify: {adapter} claims no rope.rotate_* operator")
     return made
+
+
+def _given_base(function: Function) -> Function:
+    """A function that asks for its base gets 10000."""
+    base = inspect.signature(function).parameters.get("base")
+    return partial(function, base=10000.0) if base is not None and base.default is base.empty else function
 
 
 def _bound(op: str) -> Sequence[tuple[str, dict[str, Any]]]:
@@ -535,20 +548,3 @@ def _judged(function: Function, target: np.dtype, options: dict[str, Any], x: np
     if "rotary_width" in named:
         named["rotary_width"] = x.shape[-1] // 4 * 2
     return function(x=x.astype(target), positions=positions, base=10000.0, **named)
-
-
-def _module(path: Path) -> ModuleType:
-    if not path.is_file():
-        raise AdapterError(f"identify: no such file {path}")
-    spec = importlib.util.spec_from_file_location(f"_refimpl_identify_{path.stem}", path)
-    if spec is None or spec.loader is None:
-        raise AdapterError(f"identify: {path} is not a Python file")
-    module = importlib.util.module_from_spec(spec)
-    sys.path.insert(0, str(path.parent.resolve()))
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:
-        raise AdapterError(f"identify: {type(error).__name__} while importing {path}: {error}") from error
-    finally:
-        sys.path.remove(str(path.parent.resolve()))
-    return module

@@ -18,5 +18,5 @@ def rotate(x, positions, base):
 
 
 @given(strategies.rope())
-def test_frequencies(case):
-    laws.rope.frequency(rotate, case)
+def test_impulse_response(case):
+    laws.rope.impulse_response(rotate, case)

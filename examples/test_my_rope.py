@@ -17,5 +17,5 @@ def test_composition(case):
 
 @given(strategies.rope(dtype="bfloat16"))
 @settings(max_examples=50)
-def test_relative_shift_in_bfloat16(case):
-    laws.rope.relative_shift(rotate, case)
+def test_relative_position_in_bfloat16(case):
+    laws.rope.relative_position(rotate, case)

@@ -1,4 +1,4 @@
-# refimpl check python:examples/wrong_rope.py     (positions clipped at 2048, as a table that is too short does)
+# refimpl check python:examples/wrong_rope.py     (positions clipped at 2047, as a table of 2048 rows does)
 import numpy as np
 from my_rope import rotate
 

@@ -154,8 +154,16 @@ def attend(
 
 
 def project(x: np.ndarray, w: np.ndarray, b: np.ndarray | None) -> np.ndarray:
-    y = evaluate(node("Gemm"), x.reshape(-1, x.shape[-1]), w, b)
+    y = evaluate(node("Gemm"), x.reshape(int(np.prod(x.shape[:-1])), x.shape[-1]), w, b)
     return y.reshape(*x.shape[:-1], w.shape[1])
+
+
+def classify(x: np.ndarray, kernel: np.ndarray, bias: np.ndarray) -> np.ndarray:
+    return project(x, kernel, bias)
+
+
+def pooler_linear(x: np.ndarray, kernel: np.ndarray, bias: np.ndarray) -> np.ndarray:
+    return project(x[..., 0, :], kernel, bias)
 
 
 def linear_attention(
@@ -232,6 +240,8 @@ SINGLE: dict[str, Function] = {
     "norm.layer_norm": layer_norm,
     "attention_kernel.softmax": softmax,
     "attention.project": project,
+    "head.classify": classify,
+    "pooling.pooler_linear": pooler_linear,
     "lora.delta": lora_delta,
     "lora.merge": lora_merge,
     "lora.unmerge": lora_unmerge,

@@ -12,6 +12,7 @@ from __future__ import annotations
 import importlib.util
 import sys
 from pathlib import Path
+from types import ModuleType
 
 from conformance.adapters import AdapterError, Implementation
 from conformance.budget import Profile
@@ -20,8 +21,8 @@ from conformance.case import OPERATORS
 DEFAULT_PROFILE = {"float64": "strict", "float32": "strict"}
 
 
-def implementations(target: str) -> tuple[Implementation, ...]:
-    """Import the file and read what it claims."""
+def load_file(target: str) -> ModuleType:
+    """The module of a Python file that is in no package; its neighbours can be imported, as when it is a script."""
     path = Path(target).expanduser()
     if not path.is_file():
         raise AdapterError(f"adapter python:{target}: no such file")
@@ -29,7 +30,6 @@ def implementations(target: str) -> tuple[Implementation, ...]:
     if spec is None or spec.loader is None:
         raise AdapterError(f"adapter python:{target}: not a Python file")
     module = importlib.util.module_from_spec(spec)
-    # The file's neighbours can be imported, as when it is run as a script.
     sys.path.insert(0, str(path.parent.resolve()))
     try:
         spec.loader.exec_module(module)
@@ -37,6 +37,12 @@ def implementations(target: str) -> tuple[Implementation, ...]:
         raise AdapterError(f"adapter python:{target}: {type(error).__name__} while importing it: {error}") from error
     finally:
         sys.path.remove(str(path.parent.resolve()))
+    return module
+
+
+def implementations(target: str) -> tuple[Implementation, ...]:
+    """Import the file and read what it claims."""
+    path, module = Path(target), load_file(target)
     claimed = getattr(module, "IMPLEMENTS", None)
     if not isinstance(claimed, dict) or not claimed:
         raise AdapterError(f'adapter python:{target}: expected IMPLEMENTS = {{"operator": function, ...}} in the file')

@@ -94,6 +94,14 @@ def project(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
     return torch.nn.functional.linear(x, w.T, b)
 
 
+def classify(x: Tensor, kernel: Tensor, bias: Tensor) -> Tensor:
+    return project(x, kernel, bias)
+
+
+def pooler_linear(x: Tensor, kernel: Tensor, bias: Tensor) -> Tensor:
+    return project(x[..., 0, :], kernel, bias)
+
+
 # Rotary embedding: torch.onnx.ops.rotary_embedding in its eager form, with exact tables.
 def rotate(
     x: Tensor,
@@ -230,6 +238,8 @@ SINGLE: dict[str, Function] = {
     "norm.layer_norm": layer_norm,
     "attention_kernel.softmax": softmax,
     "attention.project": project,
+    "head.classify": classify,
+    "pooling.pooler_linear": pooler_linear,
     "lora.merge": lora_merge,
     "lora.unmerge": lora_unmerge,
 }

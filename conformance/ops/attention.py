@@ -528,7 +528,7 @@ def equal_values_come_back(implementation: Function, case: Case) -> None:
         v = np.broadcast_to(case["v"][:, :1], case["v"].shape).copy()
         out = run(implementation, case, v=v)[0]
         shared = np.repeat(v[:, :1], h // v.shape[2], axis=2)
-        any_key = visible(case["mask"], _scores_shape(case)).any(-1).swapaxes(1, 2)[..., None]
+        any_key = np.swapaxes(visible(case["mask"], _scores_shape(case)).any(-1), 1, 2)[..., None]
         close("equal_values_come_back", case, out.value, np.where(any_key, shared, 0.0), out.radius)
 
 
@@ -751,12 +751,13 @@ LAWS = (
 
 def strategy(function: str, profile: Profile) -> st.SearchStrategy[Case]:
     """Grouped heads, every kind of mask, positions up to 50 in any order, each kernel."""
-    small = {"b": st.integers(1, 2), "n": st.integers(1, 4), "m": st.integers(1, 5)}
-    grouping = st.sampled_from([(1, 1), (2, 2), (4, 2), (6, 2), (6, 3), (3, 1)])
+    # The first choice is what shrinking tends to: one that still tells faults apart.
+    small = {"b": st.sampled_from([1, 2]), "n": st.sampled_from([2, 3, 4, 1]), "m": st.sampled_from([2, 3, 5, 4, 1])}
+    grouping = st.sampled_from([(2, 2), (4, 2), (6, 2), (6, 3), (3, 1), (1, 1)])
     kinds = st.sampled_from(["none", "keys", "full", "shared"])
     options = {
         "kernel": st.sampled_from(["softmax", "softmax_plus_16", "squared_relu_visible", "squared_relu_1", "laplace"]),
-        "layout": st.sampled_from(["interleaved", "half_split"]), "base": st.sampled_from([100.0, 10000.0]),
+        "layout": st.sampled_from(["interleaved", "half_split"]), "base": st.sampled_from([100.0, 500.0]),
     }  # fmt: skip
 
     def masked(draw: Draw, kind: str, b: int, h: int, n: int, m: int) -> Any:
@@ -790,7 +791,7 @@ def strategy(function: str, profile: Profile) -> st.SearchStrategy[Case]:
         scales = st.sampled_from([0.25, 0.5, -0.5, 1.0])
         return drawn(name, profile, mixer, **small, heads=grouping, kind=kinds, scale=scales, **options)
     if function in ("multi_head_attention", "cross_attention"):
-        places = st.sampled_from(["qk", "q", "k", ""])
+        places = st.sampled_from(["qk", "qk", "q", "k", ""])
         return drawn(
             name, profile, layer, **small, heads=grouping, kind=kinds, bias=st.booleans(), places=places, **options
         )
@@ -848,10 +849,6 @@ def _rotating(**hook: Any) -> Function:
         turned = np_rotate(v, made["positions"], made["base"], made["layout"])
         if "order" in hook:
             turned = turned[..., hook["order"](v.shape[-1])]
-        if "k" in hook:
-            k = np_rotate(np.concatenate([k, k[..., :1]], -1) if k.shape[-1] % 2 else k, positions_k, base, layout)[
-                ..., : k.shape[-1]
-            ]
         return np_attend(q, k, turned, mask, kernel, scale)
 
     return call
@@ -929,7 +926,7 @@ def _uniform_when_hidden(**at: Any) -> np.ndarray:
     shape = (at["q"].shape[0], h, at["q"].shape[1], at["k"].shape[1])
     seen = visible(at["mask"], shape)
     mean = np.repeat(at["v"].mean(1, keepdims=True), h // g, axis=2)
-    return np.where(seen.any(-1).swapaxes(1, 2)[..., None], np_attend(**at), mean)
+    return np.where(np.swapaxes(seen.any(-1), 1, 2)[..., None], np_attend(**at), mean)
 
 
 MUTANTS = (
@@ -957,7 +954,8 @@ MUTANTS = (
     _mutant("attend_rotated_values", "half_split is taken for interleaved",
             _rotating(layout=lambda at: "interleaved")),
     _mutant("attend_rotated_values", "base 10000 whatever is asked", _rotating(base=lambda at: 10000.0)),
-    _mutant("attend_rotated_values", "keys are rotated once more", _rotating(k=True)),
+    _mutant("attend_rotated_values", "positions of the next key",
+            _rotating(positions=lambda at: np.roll(at, 1, axis=-1))),
     _mutant("project", "W is transposed where it is square",
             lambda x, w, b: x @ (w.T if w.shape[0] == w.shape[1] else w) + (0 if b is None else b)),
     _mutant("project", "the bias is missing", lambda x, w, b: x @ w),

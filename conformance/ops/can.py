@@ -111,9 +111,11 @@ def alternating_normalization(
     entry errors. They grow by alpha a round, not by the 4 alpha of two independent quotients.
     """
     profile, n = a.profile, confident.shape[0]
-    stack = np.stack([np.concatenate([confident.mid, row[None]]) for row in uncertain.mid]) if len(
-        uncertain.mid
-    ) else np.zeros((0, n + 1, prior.shape[0]), confident.mid.dtype)
+    stack = (
+        np.stack([np.concatenate([confident.mid, row[None]]) for row in uncertain.mid])
+        if len(uncertain.mid)
+        else np.zeros((0, n + 1, prior.shape[0]), confident.mid.dtype)
+    )
     frame = _mids(confident.mid)
     sixteen = profile.sixteen_bit
     once = a.unit + (profile.storage if sixteen and profile.name == "eager" else 0.0)
@@ -141,7 +143,10 @@ def alternating_normalization(
         entry = entry + 2 * once
         with np.errstate(divide="ignore", invalid="ignore"):
             held = frame**alpha
-            frame = _ratio(_ratio(held, held.sum(0)) * _mids(prior.mid), (_ratio(held, held.sum(0)) * _mids(prior.mid)).sum(1, keepdims=True))
+            frame = _ratio(
+                _ratio(held, held.sum(0)) * _mids(prior.mid),
+                (_ratio(held, held.sum(0)) * _mids(prior.mid)).sum(1, keepdims=True),
+            )
             spread = _spread(_mids(stack), frame)
     value = _mids(stack[:, -1])
     with np.errstate(over="ignore", invalid="ignore"):
@@ -210,16 +215,19 @@ WIDE = ("float64", "float32")
 FINE = ("float64", "float32", "float16")
 
 # Zero classes, ties, one certain row, a tail outside the leaders, a row of zeros.
-_ROWS = np.array(
-    [
-        [64, 32, 16, 8, 8, 0, 0],
-        [1, 1, 1, 125, 0, 0, 0],
-        [0, 128, 0, 0, 0, 0, 0],
-        [43, 43, 42, 0, 0, 0, 0],
-        [0, 0, 0, 0, 0, 0, 0],
-        [20, 18, 18, 18, 18, 18, 18],
-    ]
-) / 128.0
+_ROWS = (
+    np.array(
+        [
+            [64, 32, 16, 8, 8, 0, 0],
+            [1, 1, 1, 125, 0, 0, 0],
+            [0, 128, 0, 0, 0, 0, 0],
+            [43, 43, 42, 0, 0, 0, 0],
+            [0, 0, 0, 0, 0, 0, 0],
+            [20, 18, 18, 18, 18, 18, 18],
+        ]
+    )
+    / 128.0
+)
 _WIDE_ROWS = np.stack([np.full(119, 1 / 128), np.eye(3, 119).sum(0) * 0.25, np.eye(119)[7] * 0.5 + np.eye(119)[9] / 4])
 
 
@@ -265,10 +273,22 @@ def _normalizations(op: str) -> tuple[Case, ...]:
     sharp = np.array([[125, 1, 1, 1], [1, 125, 1, 1], [2, 1, 124, 1], [60, 60, 4, 4]]) / 128.0
     return (
         made("one-round", "C1 C3", **base),
-        made("exact-columns", "C3", exact=True, confident=np.array([[0.5, 0.5], [1.0, 0.0]]),
-             uncertain=np.array([[0.5, 0.5], [0.5, 0.0], [0.0, 1.5]]), **_EXACT),
-        made("exact-prior-quarter", "C3", exact=True, confident=np.array([[0.25, 0.75], [0.25, 0.25]]),
-             uncertain=np.array([[0.5, 1.0], [0.5, 1.0], [0.0, 1.0]]), **(_EXACT | {"prior": np.array([0.25, 0.25])})),
+        made(
+            "exact-columns",
+            "C3",
+            exact=True,
+            confident=np.array([[0.5, 0.5], [1.0, 0.0]]),
+            uncertain=np.array([[0.5, 0.5], [0.5, 0.0], [0.0, 1.5]]),
+            **_EXACT,
+        ),
+        made(
+            "exact-prior-quarter",
+            "C3",
+            exact=True,
+            confident=np.array([[0.25, 0.75], [0.25, 0.25]]),
+            uncertain=np.array([[0.5, 1.0], [0.5, 1.0], [0.0, 1.0]]),
+            **(_EXACT | {"prior": np.array([0.25, 0.25])}),
+        ),
         made("alpha-2", "C2", **(base | {"alpha": 2.0})),
         made("alpha-0.5", "C2", **(base | {"alpha": 0.5})),
         made("alpha-0", "C2", **(base | {"alpha": 0.0, "uncertain": rows})),
@@ -277,30 +297,74 @@ def _normalizations(op: str) -> tuple[Case, ...]:
         made("five-rounds-alpha-0.3", "C2", **(base | {"iterations": 5, "alpha": 0.3}), only=WIDE),
         made("eight-rounds", "C1", **(base | {"iterations": 8}), only=WIDE),
         made("eight-rounds-alpha-2", "C2", **(base | {"iterations": 8, "alpha": 2.0}), only=("float64",)),
-        made("sharp-rows-alpha-4", "C2", only=("float64",), confident=sharp, uncertain=few.distribution(2, 4),
-             prior=np.array([1.0, 2, 3, 2]), alpha=4.0, iterations=4),
+        made(
+            "sharp-rows-alpha-4",
+            "C2",
+            only=("float64",),
+            confident=sharp,
+            uncertain=few.distribution(2, 4),
+            prior=np.array([1.0, 2, 3, 2]),
+            alpha=4.0,
+            iterations=4,
+        ),
         made("prior-not-normalised", "C3", **(base | {"prior": np.array([3.0, 1, 7, 2, 5])})),
         made("class-never-predicted", "C4", **(base | {"confident": holes, "uncertain": rows})),
-        made("class-never-predicted-two-rounds", "C4", only=WIDE,
-             **(base | {"confident": holes, "uncertain": rows, "iterations": 2, "alpha": 0.5})),
-        made("tiny-unseen-class", "C4", only=WIDE, confident=holes,
-             uncertain=np.array([[0.5, 0.5, 0, 2.0**-40, 0], [0.5, 0.25, 0.25, 0, 0]]), prior=np.full(5, 0.25),
-             alpha=1.0, iterations=1),
-        made("excluded-classes", "C5", only=WIDE,
-             **(base | {"uncertain": rows, "prior": np.array([0.25, 0.25, 0.5, 0.0, 0.0]), "iterations": 2})),
+        made(
+            "class-never-predicted-two-rounds",
+            "C4",
+            only=WIDE,
+            **(base | {"confident": holes, "uncertain": rows, "iterations": 2, "alpha": 0.5}),
+        ),
+        made(
+            "tiny-unseen-class",
+            "C4",
+            only=WIDE,
+            confident=holes,
+            uncertain=np.array([[0.5, 0.5, 0, 2.0**-40, 0], [0.5, 0.25, 0.25, 0, 0]]),
+            prior=np.full(5, 0.25),
+            alpha=1.0,
+            iterations=1,
+        ),
+        made(
+            "excluded-classes",
+            "C5",
+            only=WIDE,
+            **(base | {"uncertain": rows, "prior": np.array([0.25, 0.25, 0.5, 0.0, 0.0]), "iterations": 2}),
+        ),
         made("no-rounds", "C5", **(base | {"iterations": 0})),
         made("no-confident-rows", "C6", **(base | {"confident": base["confident"][:0], "uncertain": rows})),
-        made("no-confident-rows-three-rounds", "C6", only=WIDE,
-             **(base | {"confident": base["confident"][:0], "uncertain": rows, "iterations": 3, "alpha": 2.0,
-                        "prior": np.array([3.0, 1, 7, 2, 5])})),
+        made(
+            "no-confident-rows-three-rounds",
+            "C6",
+            only=WIDE,
+            **(
+                base
+                | {
+                    "confident": base["confident"][:0],
+                    "uncertain": rows,
+                    "iterations": 3,
+                    "alpha": 2.0,
+                    "prior": np.array([3.0, 1, 7, 2, 5]),
+                }
+            ),
+        ),
         made("one-confident-row", "C1", **(base | {"confident": base["confident"][:1]})),
-        made("zero-rows", "C5", only=WIDE, confident=np.concatenate([holes, 0 * holes[:1]]),
-             uncertain=np.concatenate([rows, 0 * rows[:1]]), prior=np.full(5, 0.25), alpha=1.0, iterations=2),
+        made(
+            "zero-rows",
+            "C5",
+            only=WIDE,
+            confident=np.concatenate([holes, 0 * holes[:1]]),
+            uncertain=np.concatenate([rows, 0 * rows[:1]]),
+            prior=np.full(5, 0.25),
+            alpha=1.0,
+            iterations=2,
+        ),
     )
 
 
 def _batched(cases: tuple[Case, ...]) -> tuple[Case, ...]:
     """The batched form owes its own clauses on the cases of the loop."""
+
     def clauses(case: Case) -> tuple[str, ...]:
         return ("C1", "C2") if case["iterations"] > 1 else ("C1",)
 
@@ -539,7 +603,10 @@ def unseen_class_takes_all(implementation: Function, case: Case) -> None:
     tiny = 2.0**-2 if case.profile.dtype == "float16" else 2.0**-40
     small = b * np.where(np.arange(b.shape[1]) == 0, tiny, 1.0)
     rounds = {"confident": confident, "iterations": 1}
-    one, two = run(implementation, case, **rounds, uncertain=b)[0], run(implementation, case, **rounds, uncertain=small)[0]
+    one, two = (
+        run(implementation, case, **rounds, uncertain=b)[0],
+        run(implementation, case, **rounds, uncertain=small)[0],
+    )
     lost = ((b * case["prior"]).sum(-1) == 0)[:, None]
     slack = np.where(lost, np.inf, one.radius + two.radius)
     close("unseen_class_takes_all", case, two.value, one.value, slack)
@@ -656,6 +723,7 @@ def strategy(function: str, profile: Profile) -> st.SearchStrategy[Case]:
             n=st.integers(1, 9), classes=classes, smoothing=st.sampled_from([0.0, 0.5, 1.0, 3.0]),
         )  # fmt: skip
     if function in ("top_entropy", "top_entropy_unnormalized", "ambiguous_any"):
+
         def shares(draw: Draw, rows: int, classes: int, **rest: Any) -> dict:
             return {"p": draw.grid(rows, classes, low=0, high=15, exponent=-5), **rest}
 
@@ -826,7 +894,9 @@ def _official_with(confident, uncertain, prior, alpha, iterations, *, column=1e-
     return np.concatenate(rows)
 
 
-def _adjust_with(p, prior, top, threshold, alpha, iterations, *, below=False, every=False, all_rows=False, scaled=False):
+def _adjust_with(
+    p, prior, top, threshold, alpha, iterations, *, below=False, every=False, all_rows=False, scaled=False
+):
     u = can.top_entropy(p, top=top)
     low = u <= threshold if below else u >= threshold
     out = p.copy()

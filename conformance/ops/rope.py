@@ -271,6 +271,8 @@ def _rotation_cases(
     case("magnitudes", (1, 3, 2), [1, 1, 1], 6, scale=np.array([-12, 0, 7])[:, None, None])
     case("position-zero", (2, 3, 2), 0, 6, exact=True)
     case("position-zero-dense", (1, 2, 1), 0, 10, bits=24, exact=True)
+    # As a cache asks for them: arange plus an offset, which 8 and 11 bits cannot count.
+    case("offset", (1, 5, 2), np.arange(4093, 4098), 6)
     return made
 
 
@@ -834,11 +836,7 @@ MUTANTS = (
     _wrong(_CONTIGUOUS, "exponent over the width of the head", counted="head"),
     Mutant(_CONTIGUOUS, "the last features rotate instead of the first", _last_features),
     Mutant(_CONTIGUOUS, "features that pass through are lost", _rest_is_lost),
-    _wrong(
-        _CONTIGUOUS,
-        "layouts exchanged",
-        where=lambda layout, d, w: pairs({"interleaved": "half_split", "half_split": "interleaved"}[layout], d, w),
-    ),
+    _wrong(_CONTIGUOUS, "adjacent pairs whatever layout is asked", where=_as("interleaved")),
     _wrong(_CONTIGUOUS, "positions shifted by one", positions=lambda p: np.maximum(p - 1, 0)),
     _wrong(_PROPORTIONAL, "adjacent pairs", where=_as("interleaved")),
     _wrong(_PROPORTIONAL, "exponent over the rotary width", counted="rotary"),

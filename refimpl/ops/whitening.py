@@ -32,6 +32,8 @@ class Moments:
     scatter: Float[np.ndarray, "_d _d"]
 
     def __post_init__(self) -> None:
+        for name in ("mean", "scatter"):
+            object.__setattr__(self, name, check.real("whitening.Moments", name, getattr(self, name)))
         d = self.mean.shape
         check.shape(
             "whitening.Moments",

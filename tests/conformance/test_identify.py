@@ -9,6 +9,7 @@ import pytest
 
 from conformance.adapters import AdapterError
 from conformance.budget import round_to
+from conformance.case import Unsupported
 from conformance.identify import functions, identify
 
 D = 16
@@ -220,6 +221,10 @@ def mixed_signs(x, p):
     return of("half_split", theta=powers(D) * np.array([1, -1] * 4))(x, p)
 
 
+def unsupported(x, p):
+    raise Unsupported("half_split only")
+
+
 PLAIN = of("interleaved")
 
 
@@ -254,6 +259,7 @@ PLAIN = of("interleaved")
         (lambda x, p: x[..., :8], "none of the forms"),
         (lambda x: x, "none of the forms.*TypeError"),
         (lambda x, p: x * np.nan, "not finite"),
+        (unsupported, "not provided: half_split only"),
         (lambda x, p: PLAIN(x, p) * np.array([1.0, 2.0])[:, None], "two equal heads"),
     ],
 )
