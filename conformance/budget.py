@@ -15,6 +15,7 @@ Accurately computing the log-sum-exp and softmax functions (2021), for softmax.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -49,8 +50,8 @@ def unit_roundoff(dtype: str) -> float:
 
 
 def half_subnormal(dtype: str) -> float:
-    """eta: the largest absolute error of a rounding that underflows (0 for float64, below the smallest double)."""
-    return 2.0 ** (_MIN_EXPONENT[dtype] - _SIGNIFICAND[dtype]) if dtype != "float64" else 0.0
+    """eta: the largest absolute error of a rounding that underflows (for float64 the smallest double, twice that)."""
+    return 2.0 ** max(_MIN_EXPONENT[dtype] - _SIGNIFICAND[dtype], -1074)
 
 
 def largest(dtype: str) -> float:
@@ -95,8 +96,18 @@ class Profile:
         return unit_roundoff(self.dtype)
 
     @property
+    def working(self) -> str:
+        """The format of accumulators: 16-bit formats accumulate in float32."""
+        return "float64" if self.dtype == "float64" else "float32"
+
+    @property
+    def elementary(self) -> str:
+        """The format that holds the result of an elementary operation."""
+        return self.dtype if self.name == "eager" and self.sixteen_bit else self.working
+
+    @property
     def accumulate(self) -> float:
-        return unit_roundoff("float64" if self.dtype == "float64" else "float32")
+        return unit_roundoff(self.working)
 
     @property
     def angle_unit(self) -> float:
@@ -122,15 +133,27 @@ class Arithmetic:
     digits: bool = False
 
     def exact(self, values: Any) -> Ball:
-        """A Ball of radius 0; `values` is an array, a number or a Ball (returned as it is)."""
+        """A Ball of radius 0; `values` is an array, a number or a Ball (returned as it is).
+
+        A number is a constant of the formula: it has a radius where no format of the profile holds it exactly.
+        """
         if isinstance(values, Ball):
             return values
         array = np.asarray(values)
+        radius = self._constant(float(values)) if isinstance(values, (int, float)) else 0.0
         if array.dtype != object:
             array = array.astype(np.float64)
             if self.digits:
                 array = _mp(MP.mpf, array)
-        return Ball(array, np.zeros(array.shape), self)
+        return Ball(array, np.full(array.shape, radius), self)
+
+    def _constant(self, value: float) -> float:
+        """What writing a number in the working format, and if eager in the storage format, does to it."""
+        formats = {self.profile.working, self.profile.elementary}
+        lost = [f for f in formats if round_to(np.float64(value), f) != value]
+        if any(abs(value) > largest(f) for f in lost):
+            return float("inf")
+        return sum(unit_roundoff(f) * abs(value) + half_subnormal(f) for f in lost)
 
     def ball(self, middle: Any, radius: Any) -> Ball:
         """A Ball with a radius derived by hand; both broadcast."""
@@ -168,6 +191,11 @@ class Ball:
     def __init__(self, mid: np.ndarray, rad: np.ndarray, arithmetic: Arithmetic) -> None:
         # NumPy turns results of shape () into scalars.
         self.mid, self.rad, self.arithmetic = np.asarray(mid), np.asarray(rad), arithmetic
+        if not (self.rad >= 0).all():
+            if (self.rad < 0).any():
+                raise ValueError("Ball: a radius is negative")
+            # 0 * inf and inf - inf: nothing is known.
+            self.rad = np.where(np.isnan(self.rad), np.inf, self.rad)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -278,13 +306,21 @@ class Ball:
         profile = self.arithmetic.profile
         if profile.name != "fused" or not profile.sixteen_bit:
             return self
-        return self._like(self.mid, self.rad + _storage_rounding(self.magnitude, profile))
+        return self._like(
+            self.mid, _within(self.mid, self.rad + _storage_rounding(self.magnitude, profile), profile.dtype)
+        )
 
     def finished(self) -> Ball:
         """The output: one rounding to the storage format; infinite radius where that overflows."""
         profile = self.arithmetic.profile
-        rad = self.rad + _storage_rounding(self.magnitude, profile)
-        return self._like(self.mid, np.where(np.abs(self.value) + rad > largest(profile.dtype), np.inf, rad))
+        return self._like(
+            self.mid, _within(self.mid, self.rad + _storage_rounding(self.magnitude, profile), profile.dtype)
+        )
+
+
+def _within(mid: np.ndarray, rad: np.ndarray, dtype: str) -> np.ndarray:
+    """The radius, infinite where a number of the ball may overflow the format."""
+    return np.where(np.abs(_float(mid)) + rad > largest(dtype), np.inf, rad)
 
 
 def _storage_rounding(magnitude: np.ndarray, profile: Profile) -> np.ndarray:
@@ -295,13 +331,11 @@ def _rounded(mid: np.ndarray, rad: np.ndarray, arithmetic: Arithmetic, roundings
     """One elementary result: `roundings` units of the working precision, one of the storage format if eager."""
     profile = arithmetic.profile
     magnitude = np.abs(_float(mid)) + rad
-    working = "float64" if profile.dtype == "float64" else "float32"
     with np.errstate(invalid="ignore", over="ignore"):
-        rad = rad + gamma(roundings, arithmetic.unit) * magnitude + half_subnormal(working)
-        if profile.name == "eager" and profile.sixteen_bit:
+        rad = rad + gamma(roundings, arithmetic.unit) * magnitude + half_subnormal(profile.working)
+        if profile.elementary != profile.working:
             rad = rad + _storage_rounding(magnitude, profile)
-            working = profile.dtype
-        rad = np.where(np.abs(_float(mid)) + rad > largest(working), np.inf, rad)
+        rad = _within(mid, rad, profile.elementary)
     return Ball(mid, rad, arithmetic)
 
 
@@ -310,10 +344,13 @@ def _contracted(
 ) -> Ball:
     """A sum of products: gamma_length of the magnitudes; eager stores each pairwise contraction once."""
     profile = arithmetic.profile
-    rad = rad + gamma(length, arithmetic.unit) * total
-    rad = rad + length * half_subnormal("float32" if profile.dtype != "float64" else "float64")
-    if profile.name == "eager" and profile.sixteen_bit:
-        rad = rad + products * _storage_rounding(total, profile)
+    with np.errstate(invalid="ignore", over="ignore"):
+        rad = rad + gamma(length, arithmetic.unit) * total
+        rad = rad + length * half_subnormal(profile.working)
+        if profile.elementary != profile.working:
+            rad = rad + products * _storage_rounding(total, profile)
+        # A partial sum may be as large as the sum of the magnitudes; what is stored is the whole.
+        rad = np.where(total > largest(profile.working), np.inf, _within(mid, rad, profile.elementary))
     return Ball(mid, rad, arithmetic)
 
 
@@ -321,19 +358,19 @@ def einsum(subscripts: str, *operands: Any, length: int | None = None) -> Ball:
     """A contraction in any order and any nesting.
 
     length: the longest chain of roundings from an input to the output over all permitted orders; without it,
-    the sizes of the contracted axes plus the number of multiplications. Give it where chunked or recurrent
-    orders are permitted as well (T + d + 4 for linear attention, one more per chunk).
+    the number of terms (contracted axes may be flattened into one) plus the number of multiplications. Give it where
+    the orders are known: nested, chunked or recurrent ones (T + d + 4 for linear attention, one more per chunk).
     """
     arithmetic = next(o.arithmetic for o in operands if isinstance(o, Ball))
     balls = [arithmetic.exact(o) for o in operands]
     inputs, output = subscripts.split("->")
     if length is None:
-        sizes = {
-            letter: size
-            for term, ball in zip(inputs.split(","), balls, strict=True)
-            for letter, size in _sizes(term, ball.shape)
-        }
-        length = sum(size for letter, size in sizes.items() if letter not in output) + len(balls) - 1
+        sizes: dict[str, int] = {}
+        for term, ball in zip(inputs.split(","), balls, strict=True):
+            for letter, size in _sizes(term, ball.shape):
+                # An axis of size 1 broadcasts.
+                sizes[letter] = max(size, sizes.get(letter, 0))
+        length = math.prod(size for letter, size in sizes.items() if letter not in output) + len(balls) - 1
     magnitudes = [b.magnitude for b in balls]
     total = _plain(subscripts, magnitudes)
     rad = np.zeros_like(total)
@@ -411,15 +448,18 @@ def sqrt(x: Ball) -> Ball:
 
 def power(x: Ball, exponent: float) -> Ball:
     """x ** exponent for x >= 0; implementations may go through exp(exponent * log x)."""
-    value = x.value
+    value, profile, unit = x.value, x.arithmetic.profile, x.arithmetic.unit
     mid = _mp(lambda v: MP.power(v, MP.mpf(exponent)), x.mid) if x.mid.dtype == object else value**exponent
     positive = value > 0
     part = np.where(positive, x.rad / np.where(positive, value, 1.0), 0.0)
+    # Of the argument of exp, relative: the logarithm, the product, the exponent as a constant.
+    coarse = (LIBM + 2) * unit + (2 * profile.storage if profile.elementary != profile.working else 0.0)
     with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
         relative = np.where(part < 1, np.expm1(-abs(exponent) * np.log1p(-np.minimum(part, 0.999999))), np.inf)
-        rad = np.where(positive, _float(mid) * relative, x.rad ** abs(exponent) if exponent > 0 else 0.0)
-        steps = LIBM + np.where(positive, 2 * np.abs(exponent * np.log(np.where(positive, value, 1.0))), 0.0)
-    return _rounded(mid, rad, x.arithmetic, steps)
+        relative = relative + np.expm1(coarse * np.abs(exponent * np.log(np.where(positive, value, 1.0))))
+        at_zero = x.rad**exponent if exponent > 0 else np.where(x.rad > 0, np.inf, 0.0) if exponent else 0.0
+        rad = np.where(positive, _float(mid) * relative, at_zero)
+    return _rounded(mid, rad, x.arithmetic, LIBM)
 
 
 def sin(x: Ball) -> Ball:
@@ -431,7 +471,7 @@ def cos(x: Ball) -> Ball:
 
 
 def _capped(x: Ball, limit: float) -> Ball:
-    return Ball(x.mid, np.minimum(x.rad, limit), x.arithmetic)
+    return Ball(x.mid, np.where(np.isfinite(x.rad), np.minimum(x.rad, limit), np.inf), x.arithmetic)
 
 
 def tanh(x: Ball) -> Ball:
@@ -439,21 +479,40 @@ def tanh(x: Ball) -> Ball:
 
 
 def sigmoid(x: Ball) -> Ball:
-    def fast(v: np.ndarray) -> np.ndarray:
-        return 0.5 * (1 + np.tanh(v / 2))
-
-    value = fast(x.value)
-    # exp(-x), 1 + ., 1 / . : three more roundings than a libm function.
-    made = _smooth(x, lambda v: 1 / (1 + MP.exp(-v)), fast, value * (1 - value), 0.1)
-    return _rounded(made.mid, made.rad, x.arithmetic, 4)
+    value = _logistic(x.value)
+    made = _smooth(x, lambda v: 1 / (1 + MP.exp(-v)), _logistic, value * (1 - value), 0.1)
+    return _by_exponential(x, made, product=False)
 
 
 def silu(x: Ball) -> Ball:
     """x sigmoid(x), as one function: forming it as a product would count x twice."""
-    value = 0.5 * (1 + np.tanh(x.value / 2))
+    value = _logistic(x.value)
     slope = np.abs(value * (1 + x.value * (1 - value)))
-    made = _smooth(x, lambda v: v / (1 + MP.exp(-v)), lambda v: v * 0.5 * (1 + np.tanh(v / 2)), slope, 0.5)
-    return _rounded(made.mid, made.rad, x.arithmetic, 4)
+    made = _smooth(x, lambda v: v / (1 + MP.exp(-v)), lambda v: v * _logistic(v), slope, 0.5)
+    return _by_exponential(x, made, product=True)
+
+
+def _logistic(value: np.ndarray) -> np.ndarray:
+    """1 / (1 + exp(-value)) in float64; (1 + tanh) / 2 would cancel for negative values."""
+    small = np.exp(-np.abs(value))
+    return np.asarray(np.where(value >= 0, 1.0, small) / (1.0 + small))
+
+
+def _by_exponential(x: Ball, made: Ball, *, product: bool) -> Ball:
+    """1 / (1 + exp(-x)), or the product of x with it: three or four roundings more than a libm function.
+
+    The quotient may underflow before the product, and where exp(-x) overflows the result is 0.
+    """
+    profile = x.arithmetic.profile
+    rad = made.rad
+    if profile.elementary != profile.working:
+        # Two roundings to the storage format are counted already; the exponential's counts by its share of the sum.
+        rad = rad + profile.storage * made.magnitude * (1 - _logistic(x.value - x.rad) + product)
+    if product:
+        rad = rad + x.magnitude * half_subnormal(profile.elementary)
+    made = _rounded(made.mid, rad, x.arithmetic, 4)
+    overflows = x.rad - x.value > math.log(largest(profile.elementary))
+    return Ball(made.mid, np.where(overflows, np.maximum(made.rad, np.abs(made.value)), made.rad), x.arithmetic)
 
 
 def erf(x: Ball) -> Ball:
@@ -474,7 +533,8 @@ def relu(x: Ball) -> Ball:
 def softmax(scores: Ball, mask: np.ndarray) -> Ball:
     """Masked softmax over the last axis; masked weights and fully masked rows are exactly 0.
 
-    Relative radius of a weight: expm1(2 max e) + 2 u |a - max a| + gamma_(n+6)(u), e the radius of the visible scores.
+    Relative radius of a weight: expm1(2 max e) + 2 u |a - max a| + gamma_(n+6)(u) + 16 u (two exponentials), e the
+    radius of the visible scores; |a - max a| of the weight itself, or of the mean weight in the sum if that is larger.
     """
     arithmetic = scores.arithmetic
     mask = np.broadcast_to(mask, scores.shape)
@@ -491,15 +551,16 @@ def softmax(scores: Ball, mask: np.ndarray) -> Ball:
     weights = weights / np.where(visible, total, scores._coerce(1.0).mid)
     error = np.where(mask, scores.rad, 0.0).max(axis=-1, keepdims=True, initial=0.0)
     profile, unit = arithmetic.profile, arithmetic.unit
-    if profile.name == "eager" and profile.sixteen_bit:
+    if profile.elementary != profile.working:
         unit = unit + profile.storage
     with np.errstate(over="ignore", invalid="ignore"):
+        distance = np.maximum(distance, (_float(weights) * distance).sum(axis=-1, keepdims=True))
         relative = np.expm1(2 * error) + np.expm1(2 * unit * distance) + gamma(scores.shape[-1] + 6, arithmetic.unit)
-        if profile.name == "eager" and profile.sixteen_bit:
+        if profile.elementary != profile.working:
             relative = relative + 4 * profile.storage
-        relative = relative + LIBM * arithmetic.unit
+        relative = relative + 2 * LIBM * arithmetic.unit
         # An unnormalised weight may underflow before the division; the sum is at least 1.
-        rad = _float(weights) * relative + half_subnormal("float32" if profile.dtype != "float64" else "float64") * 2
-        if profile.name == "eager" and profile.sixteen_bit:
+        rad = _float(weights) * relative + half_subnormal(profile.working) * 2
+        if profile.elementary != profile.working:
             rad = rad + 2 * half_subnormal(profile.dtype)
     return Ball(np.asarray(weights), np.where(mask, rad, 0.0), arithmetic)

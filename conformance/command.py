@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import sys
 import textwrap
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -25,7 +26,8 @@ from conformance.verdict import Verdict, describe
 app = typer.Typer(add_completion=False, no_args_is_help=True)
 corpus = typer.Typer(no_args_is_help=True, help="The frozen corpus: verify it, regenerate it, copy it out.")
 app.add_typer(corpus, name="vectors")
-console = Console()
+# In a pipe there is no width to fit into.
+console = Console(width=None if sys.stdout.isatty() else 140)
 errors = Console(stderr=True)
 
 ADAPTER_HELP = f"One of {', '.join(ADAPTERS)}; or python:FILE, a file with IMPLEMENTS = {{'operator': function}}."

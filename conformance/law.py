@@ -7,13 +7,18 @@ they are the radii of the reference at the case's declared precision.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from conformance.case import OPERATORS, Case, Function, as_tuple, reference, storage_arguments
+
+
+# No result of a case comes near this number of elements; a larger one is refused before it is copied.
+LARGEST_RESULT = 1 << 24
 
 
 class LawFailed(AssertionError):
@@ -41,6 +46,19 @@ class Output:
     radius: np.ndarray
 
 
+@contextmanager
+def contained() -> Iterator[None]:
+    """What an implementation does to NumPy's error state, or by sys.exit, ends with the call; Ctrl-C does not."""
+    try:
+        with np.errstate(all="ignore"):
+            yield
+    except (Exception, KeyboardInterrupt):
+        raise
+    except BaseException as error:
+        # SystemExit would end the run with a status of the implementation's choice; so would a panic in an extension.
+        raise RuntimeError(f"{type(error).__name__}: {error}") from error
+
+
 def call(implementation: Function, case: Case) -> tuple[np.ndarray, ...]:
     """Call an implementation on a case: copies of its results as float64; its arguments must come back unmodified."""
     arguments = storage_arguments(case)
@@ -48,8 +66,9 @@ def call(implementation: Function, case: Case) -> tuple[np.ndarray, ...]:
     # Freed memory full of NaN: a result that was never written shows.
     poison = [np.full(max(v.size, 1), np.nan, np.float64) for v in kept.values()]
     del poison
-    returned = as_tuple(implementation(**arguments))
-    outputs = tuple(np.array(np.asarray(r), dtype=np.float64) for r in returned)
+    with contained():
+        returned = tuple(_real(r) for r in as_tuple(implementation(**arguments)))
+    outputs = tuple(np.array(r, dtype=np.float64) for r in returned)
     for name, before in kept.items():
         if arguments[name].tobytes() != before.tobytes():
             raise LawFailed(
@@ -57,9 +76,19 @@ def call(implementation: Function, case: Case) -> tuple[np.ndarray, ...]:
             )
     for result in returned:
         # A cached buffer handed out twice would come back poisoned.
-        if isinstance(result, np.ndarray) and result.flags.writeable and result.dtype.kind == "f":
+        if result.flags.writeable and result.dtype.kind not in "biu":
             result[...] = np.nan
     return outputs
+
+
+def _real(result: Any) -> np.ndarray:
+    """A result as an array that shares its memory where it can; complex numbers, objects and text are no result."""
+    array = np.asarray(result)
+    if array.dtype.kind not in "biuf" and array.dtype.name != "bfloat16":
+        raise TypeError(f"expected an array of real numbers, received {type(result).__name__} of dtype {array.dtype}")
+    if array.size > LARGEST_RESULT:
+        raise ValueError(f"a result of shape {array.shape} is larger than any that is expected")
+    return array
 
 
 def run(implementation: Function, case: Case, **changes: Any) -> tuple[Output, ...]:
@@ -83,15 +112,18 @@ def run(implementation: Function, case: Case, **changes: Any) -> tuple[Output, .
 
 
 def close(law: str, case: Case, actual: Any, expected: Any, tolerance: Any) -> None:
-    """Raise LawFailed at the element furthest beyond `tolerance`; infinite tolerances say nothing; NaN always fails."""
+    """Raise LawFailed at the element furthest beyond `tolerance`; NaN fails. An infinite tolerance says nothing.
+
+    A tolerance that is NaN (0 times an infinite radius) is an infinite one.
+    """
     actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
     if actual.shape != expected.shape:
         raise LawFailed(f"{case.op} law {law} ({case.profile}): shape {actual.shape}, expected {expected.shape}")
     tolerance = np.broadcast_to(np.asarray(tolerance, np.float64), actual.shape)
+    tolerance = np.where(np.isnan(tolerance), np.inf, tolerance)
     with np.errstate(invalid="ignore"):
-        same = (actual == expected) | (np.isnan(actual) & np.isnan(expected))
-        excess = np.where(same, 0.0, np.abs(actual - expected) - tolerance)
-    bad = (excess > 0) | (np.isnan(excess) & ~np.isinf(tolerance)) | (np.isnan(actual) & ~np.isnan(expected))
+        excess = np.where(actual == expected, 0.0, np.abs(actual - expected) - tolerance)
+    bad = (excess > 0) | (np.isnan(excess) & ~np.isinf(tolerance))
     if bad.any():
         index = tuple(
             int(i) for i in np.unravel_index(np.argmax(np.where(bad, np.nan_to_num(excess, nan=np.inf), -1)), bad.shape)
@@ -103,5 +135,7 @@ def close(law: str, case: Case, actual: Any, expected: Any, tolerance: Any) -> N
 
 
 def equal(law: str, case: Case, actual: Any, expected: Any) -> None:
-    """Bit for bit (signs of zero aside): causality, isolation of documents, data movement."""
-    close(law, case, actual, expected, 0.0)
+    """Bit for bit (signs of zero aside, NaN equal to NaN): causality, isolation of documents, data movement."""
+    actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
+    both = np.isnan(actual) & np.isnan(expected) if actual.shape == expected.shape else False
+    close(law, case, actual, expected, np.where(both, np.inf, 0.0))

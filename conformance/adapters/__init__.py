@@ -31,7 +31,7 @@ class Implementation:
 ADAPTERS = {
     "spec": ("spec", "conformance"),
     "torch": ("pytorch", "torch"),
-    "onnxruntime": ("onnx_runtime", "runtime"),
+    "onnxruntime": ("onnx_runtime", "demo"),
     "rotary-embedding-torch": ("rotary_embedding_torch", "demo"),
     "FLASH-pytorch": ("flash_pytorch", "demo"),
     "peft": ("peft", "demo"),

@@ -1,7 +1,7 @@
 """ONNX Runtime's own CPU kernels, one node a graph, with graph optimisation off.
 
 Opset and IR version are pinned below what the newest onnx writes: the runtime refuses files newer than itself.
-Attributes of ONNX are float32, so that an epsilon or a scale that float32 does not hold is another one in float64.
+Attributes of ONNX are float32: an epsilon or a scale that float32 does not hold is declined in float64.
 A second implementation writes the root-mean-square norm out in primitives and leaves optimisation at its default.
 """
 
@@ -55,7 +55,7 @@ def _load(
     inputs: Mapping[str, tuple[str, int]],
     outputs: Sequence[str],
     dtype: str,
-    constants: Mapping[str, np.ndarray] = {},
+    constants: Mapping[str, np.ndarray] | None = None,
     *,
     optimised: bool = False,
 ) -> Any:
@@ -72,7 +72,7 @@ def _load(
         "one",
         [value(name, *kind) for name, kind in inputs.items()],
         [value(name, dtype, None) for name in outputs],
-        [numpy_helper.from_array(array, name) for name, array in constants.items()],
+        [numpy_helper.from_array(array, name) for name, array in (constants or {}).items()],
     )
     imports = [helper.make_opsetid("", OPSET), helper.make_opsetid(CONTRIB, 1)]
     model = helper.make_model(graph, opset_imports=imports, ir_version=IR_VERSION)
@@ -265,17 +265,19 @@ PATTERN: dict[str, Function] = {"norm.rms_norm": rms_norm_pattern}
 
 def implementations() -> tuple[Implementation, ...]:
     """Optimisation off in three formats; then the written-out norm with the default optimisation."""
+    import onnx
     import onnxruntime
 
-    def made(dtype: str, profile: str, functions: Mapping[str, Function], name: str = "onnxruntime") -> Implementation:
-        return Implementation(name, functions, Profile(dtype, profile, "A64"), onnxruntime.__version__)
+    version = f"{onnxruntime.__version__}, onnx {onnx.__version__}"
 
-    optimised = "onnxruntime pattern, optimised"
+    def made(name: str, dtype: str, profile: str, functions: Mapping[str, Function]) -> Implementation:
+        return Implementation(name, functions, Profile(dtype, profile, "A64"), version)
+
     return (
-        made("float64", "strict", SINGLE),
-        made("float32", "strict", SINGLE | NOT_DOUBLE | FUSED),
-        made("float16", "strict", SINGLE | NOT_DOUBLE),
-        made("float16", "fused", FUSED),
-        made("float64", "strict", PATTERN, optimised),
-        made("float32", "strict", PATTERN, optimised),
+        made("onnxruntime", "float64", "strict", SINGLE),
+        made("onnxruntime", "float32", "strict", SINGLE | NOT_DOUBLE | FUSED),
+        made("onnxruntime", "float16", "strict", SINGLE | NOT_DOUBLE),
+        made("onnxruntime, float16 inside", "float16", "fused", FUSED),
+        made("onnxruntime pattern, optimised", "float64", "strict", PATTERN),
+        made("onnxruntime pattern, optimised", "float32", "strict", PATTERN),
     )

@@ -102,23 +102,33 @@ def pooler_linear(x: Tensor, kernel: Tensor, bias: Tensor) -> Tensor:
     return project(x[..., 0, :], kernel, bias)
 
 
-# Rotary embedding: torch.onnx.ops.rotary_embedding in its eager form, with exact tables.
-def rotate(
-    x: Tensor,
-    positions: Tensor,
-    base: float,
-    layout: str,
-    rotary_width: int | None = None,
-) -> Tensor:
+# Rotary embedding: torch.onnx.ops.rotary_embedding, run eagerly, with tables of exact angles.
+def rotate(x: Tensor, positions: Tensor, base: float, layout: str, rotary_width: int | None = None) -> Tensor:
+    width = x.shape[-1] if rotary_width is None else rotary_width
+    return _rotary(x, _angles(x, positions, width, base), interleaved=layout == "interleaved")
+
+
+def rotate_proportional(x: Tensor, positions: Tensor, base: float, rotary_width: int) -> Tensor:
+    phi = _angles(x, positions, x.shape[-1], base)
+    # The pairs that pass through turn by an angle of zero.
+    phi[..., rotary_width // 2 :] = 0
+    return _rotary(x, phi, interleaved=False)
+
+
+def _angles(x: Tensor, positions: Tensor, width: int, base: float) -> Tensor:
     import torch
 
-    width = x.shape[-1] if rotary_width is None else rotary_width
     theta = base ** (-2.0 * torch.arange(width // 2, dtype=torch.float64) / max(width, 1))
-    phi = (positions[..., None] * theta).broadcast_to(*x.shape[:2], width // 2)
-    tables = (phi.cos().to(x.dtype), phi.sin().to(x.dtype))
-    interleaved = layout == "interleaved"
+    return (positions[..., None] * theta).expand(*x.shape[:2], -1).clone()
+
+
+def _rotary(x: Tensor, phi: Tensor, *, interleaved: bool) -> Tensor:
+    import torch
+
+    cos, sin = phi.cos().to(x.dtype), phi.sin().to(x.dtype)
+    width = 2 * phi.shape[-1]
     made = torch.onnx.ops.rotary_embedding(
-        x.transpose(1, 2), *tables, interleaved=interleaved, rotary_embedding_dim=width
+        x.transpose(1, 2), cos, sin, interleaved=interleaved, rotary_embedding_dim=width
     )
     return made.transpose(1, 2)
 
@@ -249,6 +259,7 @@ COMPOSED: dict[str, Function] = {
     "rope.rotate_interleaved": partial(rotate, layout="interleaved"),
     "rope.rotate_half_split": partial(rotate, layout="half_split"),
     "rope.rotate_contiguous": rotate,
+    "rope.rotate_proportional": rotate_proportional,
     "lora.delta": lora_delta,
     "lora.apply": lora_apply,
     "lora.gradients_dense": gradients_dense,
@@ -275,23 +286,22 @@ def _on_arrays(function: Function) -> Function:
 
 
 def implementations() -> tuple[Implementation, ...]:
-    """float64 and float32 in one piece; the 16-bit formats once for each way of rounding."""
+    """Every kernel in the formats it has; in 16 bits under the arithmetic that it declares."""
     import torch
 
-    def made(dtype: str, name: str, functions: dict[str, Function], suffix: str = "") -> Implementation:
+    def made(name: str, dtype: str, profile: str, functions: dict[str, Function]) -> Implementation:
         called = {op: _on_arrays(f) for op, f in functions.items()}
-        return Implementation(f"torch{suffix}", called, Profile(dtype, name, "A64"), torch.__version__)
+        return Implementation(name, called, Profile(dtype, profile, "A64"), torch.__version__)
 
     flash: dict[str, Function] = {"attention.attend": partial(attend, backend="FLASH_ATTENTION")}
     plain: dict[str, Function] = {"attention.attend": partial(attend, backend="MATH")}
     found = []
     for dtype in DTYPES:
         if Profile(dtype).sixteen_bit:
-            found += [
-                made(dtype, "strict", SINGLE | plain),
-                made(dtype, "fused", flash),
-                made(dtype, "eager", COMPOSED),
-            ]
+            found.append(made("torch", dtype, "strict", SINGLE | plain))
+            found.append(made("torch, flash backend", dtype, "fused", flash))
+            found.append(made("torch, composed", dtype, "eager", COMPOSED))
         else:
-            found += [made(dtype, "strict", SINGLE | COMPOSED | flash), made(dtype, "strict", plain, ", math backend")]
+            found.append(made("torch", dtype, "strict", SINGLE | COMPOSED | plain))
+            found.append(made("torch, flash backend", dtype, "strict", flash))
     return tuple(found)

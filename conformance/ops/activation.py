@@ -38,7 +38,7 @@ def gelu_erf(a: Arithmetic, x: Ball) -> Ball:
     """x (1 + erf(x / sqrt 2)) / 2: the cancelling form, so that it is permitted."""
     made = erf(x / sqrt(a.exact(2.0)))
     # Where 1 is added, an erf that is good to a few units of 1, not of itself, serves as well.
-    return 0.5 * x * (1.0 + a.ball(made.mid, made.rad + LIBM * a.unit))
+    return 0.5 * x * (1.0 + a.ball(made.mid, made.rad + LIBM * a.unit * (1 - np.abs(made.value))))
 
 
 def gelu_tanh(a: Arithmetic, x: Ball) -> Ball:

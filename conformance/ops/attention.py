@@ -559,7 +559,8 @@ def one_hot_values_show_the_weights(implementation: Function, case: Case) -> Non
     count = np.maximum(seen.sum(-1, keepdims=True), 1)
     if case["kernel"] in _NORMALISED:
         slope = np.log(np.maximum(count, 16)) / math.log(512) if case["kernel"] == "softmax_plus_16" else 1.0
-        known = seen & (weights > 4 * radius)
+        # Below 1e-290 float64 itself runs out of digits.
+        known = seen & (weights > np.maximum(4 * radius, 1e-290))
         value = np.where(known, weights, 1.0)
         part = np.where(known, radius / value, 0.0)
         top = np.argmax(np.where(known, value, 0.0), axis=-1, keepdims=True)
@@ -900,8 +901,8 @@ def _feature_major(t: np.ndarray, count: int) -> np.ndarray:
     return t.reshape(*t.shape[:-1], -1, count).swapaxes(-1, -2)
 
 
-def _mutant(function: str, bug: str, call: Function, url: str = "") -> Mutant:
-    return Mutant(f"attention.{function}", bug, call, url)
+def _mutant(function: str, bug: str, call: Function, url: str = "", **kind: Any) -> Mutant:
+    return Mutant(f"attention.{function}", bug, call, url, **kind)
 
 
 def _shifted_by_one(p: Any) -> Any:
@@ -963,7 +964,7 @@ MUTANTS = (
     _mutant("project", "the last input feature is left out",
             lambda x, w, b: x[..., :-1] @ w[:-1] + (0 if b is None else b)),
     _mutant("project", "inputs are rounded to bfloat16",
-            lambda x, w, b: _coarse(x) @ _coarse(w) + (0 if b is None else b)),
+            lambda x, w, b: _coarse(x) @ _coarse(w) + (0 if b is None else b), precision=True),
     *(
         _mutant(function, bug, _layer(cross=function == "cross_attention", **fault))
         for function in ("multi_head_attention", "cross_attention")

@@ -307,7 +307,8 @@ def log_weight_slope(implementation: Function, case: Case) -> None:
     mask, scores, out = _mask_of(case), case["scores"], run(implementation, case)[0]
     n = mask.sum(-1, keepdims=True)
     slope = np.log(np.maximum(n, case["n_min"])) / math.log(512) if "n_min" in case.arguments else 1.0
-    known = mask & (out.value > 4 * out.radius)
+    # Below 1e-290 float64 itself runs out of digits.
+    known = mask & (out.value > np.maximum(4 * out.radius, 1e-290))
     value = np.where(known, out.value, 1.0)
     part = np.where(known, out.radius / value, 0.0)
     top = np.argmax(np.where(known, value, 0.0), axis=-1, keepdims=True)

@@ -224,7 +224,7 @@ def _unit_cases(function: str, **fixed: Any) -> list[Case]:
         additive: bool = False, poison: bool = False, dense: bool = False, **more: Any,
     ) -> None:  # fmt: skip
         draw = Draw(f"gau.{function}/{name}")
-        x = 1.5 * draw.dense(b, n, 5) if dense else draw.grid(b, n, 5, low=-95, high=95)
+        x = draw.dense(b, n, 5, exponent=1) if dense else draw.grid(b, n, 5, low=-95, high=95)
         if poison:
             x = np.where(np.swapaxes(mask, 1, 2), x, -2 * x)
         bias = draw.grid(n, n, exponent=-7) if additive else None
@@ -338,7 +338,7 @@ def _scale_cases() -> list[Case]:
 
     def plain(name: str, bias: bool, kind: str) -> Case:
         draw = Draw(f"gau.scale_offset/{name}")
-        make: Callable[..., np.ndarray] = {"grid": draw.grid, "dense": draw.dense}[kind]
+        make: Callable[..., np.ndarray] = draw.dense if kind == "dense" else draw.grid
         z, gamma, beta = make(3, 7), make(7), make(7)
         return _case("scale_offset", name, "C1 C2", z=z, gamma=gamma, beta=beta if bias else None)
 
@@ -687,7 +687,8 @@ def _np_unit(
     *, paper: bool = False, order: str = "uvz", activated: str = "uvz", divisor: Any = None, gamma_after: bool = False,
     swap: bool = False, bias_of: Callable[[Any, float], Any] = lambda bias, divisor: bias, bias_twice: bool = False,
     positions_of: Callable[[Any], Any] = lambda p: p, base_of: Callable[[float], float] = float,
-    layout_of: Callable[[str], str] = str, mask_of: Callable[[Any], Any] = lambda mask: mask, drop: tuple[str, ...] = (),
+    layout_of: Callable[[str], str] = str, mask_of: Callable[[Any], Any] = lambda mask: mask,
+    drop: tuple[str, ...] = (),
     gate_late: bool = False, kernel_of: Callable[..., Any] | None = None, keys_fixed: bool = False,
     gate: Callable[[np.ndarray], np.ndarray] = lambda u: u,
 ) -> Function:  # fmt: skip
@@ -763,8 +764,9 @@ def _pre(combine: Callable[..., np.ndarray]) -> Function:
 
 
 def _np_cross(
-    *, order: str = "uq", activated: str = "uqkv", scaled: bool = True, places_of: Callable[[Any, Any], Any] = lambda q, k: (q, k),
-    drop: tuple[str, ...] = (), mask_of: Callable[[Any], Any] = lambda mask: mask, base_of: Callable[[float], float] = float,
+    *, order: str = "uq", activated: str = "uqkv", scaled: bool = True, drop: tuple[str, ...] = (),
+    places_of: Callable[[Any, Any], Any] = lambda q, k: (q, k), mask_of: Callable[[Any], Any] = lambda mask: mask,
+    base_of: Callable[[float], float] = float,
 ) -> Function:  # fmt: skip
     """A cross unit with one fault."""
 
@@ -867,7 +869,8 @@ MUTANTS = (
     _mutant("unit_paper", "divided by √s as well", _np_unit(divisor=lambda s, at: at["length"] * math.sqrt(s))),
     _mutant("unit_paper", "divided by √s instead of the length", _np_unit(divisor=lambda s, at: math.sqrt(s))),
     _mutant("unit_paper", "divided by the root of the length", _np_unit(divisor=lambda s, at: math.sqrt(at["length"]))),
-    _mutant("unit_paper", "the bias is divided by the length", _np_unit(paper=True, bias_of=lambda bias, by: bias / by)),
+    _mutant("unit_paper", "the bias is divided by the length",
+            _np_unit(paper=True, bias_of=lambda bias, by: bias / by)),
     _mutant("unit_cross", "columns in the order q, u", _np_cross(order="qu")),
     _mutant("unit_cross", "keys are not activated", _np_cross(activated="uqv")),
     _mutant("unit_cross", "values are not activated", _np_cross(activated="uqk")),
@@ -881,10 +884,13 @@ MUTANTS = (
     _mutant("unit_cross", "the mask is ignored", _np_cross(mask_of=lambda mask: None)),
     _mutant("unit_cross", "b_v is missing", _np_cross(drop=("b_v",))),
     _mutant("block_post_norm", "no residual path", _post(lambda x, unit, epsilon: _np_rms(unit(x), epsilon))),
-    _mutant("block_post_norm", "the norm before the unit", _post(lambda x, unit, epsilon: x + unit(_np_rms(x, epsilon)))),
-    _mutant("block_post_norm", "the norm on the unit alone", _post(lambda x, unit, epsilon: x + _np_rms(unit(x), epsilon))),
+    _mutant("block_post_norm", "the norm before the unit",
+            _post(lambda x, unit, epsilon: x + unit(_np_rms(x, epsilon)))),
+    _mutant("block_post_norm", "the norm on the unit alone",
+            _post(lambda x, unit, epsilon: x + _np_rms(unit(x), epsilon))),
     _mutant("block_post_norm", "no norm", _post(lambda x, unit, epsilon: x + unit(x))),
-    _mutant("block_post_norm", "epsilon 1e-5 whatever is asked", _post(lambda x, unit, epsilon: _np_rms(x + unit(x), 1e-5))),
+    _mutant("block_post_norm", "epsilon 1e-5 whatever is asked",
+            _post(lambda x, unit, epsilon: _np_rms(x + unit(x), 1e-5))),
     _mutant("block_post_norm", "the mean is subtracted first",
             _post(lambda x, unit, epsilon: _np_rms((x + unit(x)) - (x + unit(x)).mean(-1, keepdims=True), epsilon))),
     _mutant("block_post_norm", "the residual path carries the norm of x",
@@ -906,7 +912,8 @@ MUTANTS = (
     _mutant("parts", "the value is not activated", _np_parts((0, 1, 2), (True, False, True))),
     _mutant("scale_offset", "the offset is missing", lambda z, gamma, beta: gamma * z),
     _mutant("scale_offset", "1 + gamma", lambda z, gamma, beta: (1 + gamma) * z + (0 if beta is None else beta)),
-    _mutant("scale_offset", "the offset is scaled too", lambda z, gamma, beta: gamma * (z + (0 if beta is None else beta))),
+    _mutant("scale_offset", "the offset is scaled too",
+            lambda z, gamma, beta: gamma * (z + (0 if beta is None else beta))),
     _mutant("scale_offset", "one scale for all features",
             lambda z, gamma, beta: gamma[..., :1] * z + (0 if beta is None else beta)),
 )  # fmt: skip

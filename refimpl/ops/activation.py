@@ -11,7 +11,7 @@ from jaxtyping import Float, Shaped
 
 from refimpl import check
 
-# Coefficient of the cubic term in the tanh form of gelu; Hendrycks and Gimpel 2016, section 2.
+# Coefficient of the cubic term in the tanh form of gelu; Hendrycks and Gimpel 2016.
 GELU_CUBIC = 0.044715
 
 
@@ -39,7 +39,7 @@ def silu(x: Shaped[np.ndarray, "*b"]) -> Float[np.ndarray, "*b"]:
     C3. Large input must neither overflow nor warn: silu(1000) = 1000, silu(-1000) = 0.
     Raises: DomainError for NaN, infinite or non-real input.
     Precision: one exponential of a non-positive number; relative error of a few units at every x.
-    Source: Hendrycks and Gimpel 2016, section 4.1; Elfwing et al. 2017, arXiv:1702.03118.
+    Source: Hendrycks and Gimpel 2016; Elfwing et al. 2017, arXiv:1702.03118.
     Differs: nobody in value; "swish" with a trained beta is another function.
     """
     x = check.real("activation.silu", "x", x)
@@ -55,7 +55,7 @@ def gelu_erf(x: Shaped[np.ndarray, "*b"]) -> Float[np.ndarray, "*b"]:
     C2. It must not be the tanh form: the two differ by up to 4.73e-4, near abs(x) = 2.70.
     Raises: DomainError for NaN, infinite or non-real input.
     Precision: relative accuracy at every x here; the budget is measured against abs(x), so that 1 + erf passes.
-    Source: Hendrycks and Gimpel 2016, eq. 1.
+    Source: Hendrycks and Gimpel 2016.
     Differs: bert4keras and PyTorch default to this form; Google's BERT code, GPT-2 and oneDNN's plain "gelu" use the
     tanh form. Forms by 1 + erf return exactly 0 below about -5.5 in float32.
     """
@@ -75,7 +75,7 @@ def gelu_tanh(x: Shaped[np.ndarray, "*b"]) -> Float[np.ndarray, "*b"]:
     C3. Large input must neither overflow nor warn.
     Raises: DomainError for NaN, infinite or non-real input.
     Precision: relative accuracy at every x here; the budget is measured against abs(x), so that 1 + tanh passes.
-    Source: Hendrycks and Gimpel 2016, section 2.
+    Source: Hendrycks and Gimpel 2016.
     Differs: the cruder x sigmoid(1.702 x) is a third function ("quick gelu").
     """
     x = check.real("activation.gelu_tanh", "x", x)
@@ -95,7 +95,7 @@ def elu_plus_one(x: Shaped[np.ndarray, "*b"]) -> Float[np.ndarray, "*b"]:
     Raises: DomainError for NaN, infinite or non-real input.
     Precision: relative accuracy at every x here; the budget is measured against 1 + abs(x), so that elu(x) + 1 passes.
     Source: Katharopoulos et al. 2020, eq. 7.
-    Differs: kexue.fm/archives/7546 discusses softmax and squared maps in its place.
+    Differs: other linear attentions take a softmax of queries and keys in its place (kexue.fm/archives/7546).
     """
     x = check.real("activation.elu_plus_one", "x", x)
     return np.maximum(x, 0.0) + np.exp(np.minimum(x, 0.0))

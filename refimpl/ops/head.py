@@ -94,7 +94,7 @@ def global_pointer(
     Raises: ShapeError unless kernel is (d, 2 h s), bias (2 h s,), mask (..., n), positions (n,) or (..., n);
     DomainError for heads < 1, an odd or zero s, a mask that is not boolean, positions that are not integers.
     Precision: float64 throughout; the budget is measured against abs(q) abs(k)^T / sqrt(s) of the rotated vectors.
-    Source: kexue.fm/archives/8373, eq. 1 to 5; rotary base 10000 there.
+    Source: kexue.fm/archives/8373; rotary base 10000 there.
     Differs: bert4keras and most ports subtract 1e12 where -inf stands here (about -1.25e11 after the division by
     sqrt(64)), or multiply the padding away and leave lower-triangle scores finite; ports that repeat the cosines
     blockwise while pairing neighbours rotate wrongly; span reading (cmrc2018) uses one head and no bias (zeros here).
@@ -142,8 +142,8 @@ def efficient_global_pointer(
     Raises: ShapeError unless kernel is (d, 2 s), type_kernel (2 s, 2 h), biases (2 s,) and (2 h,), mask (..., n),
     positions (n,) or (..., n); DomainError for an odd or zero s or h = 0, and as global_pointer.
     Precision: as global_pointer, plus (abs(z) abs(type_kernel) + abs(type_bias)) / 2 of both tokens.
-    Source: kexue.fm/archives/8877, eq. 4 and 5, in bert4keras' layout.
-    Differs: bert4torch and early ark-nlp split z into halves instead of even and odd; some ports form t from x; the
+    Source: kexue.fm/archives/8877, in bert4keras' layout.
+    Differs: several PyTorch ports split z into halves instead of even and odd channels, some form t from x; the
     article's formula halves nothing, bert4keras does.
     """
     operation = "head.efficient_global_pointer"
@@ -192,8 +192,8 @@ def best_span(scores: Shaped[np.ndarray, "*_b _n _n"], *, max_length: int) -> Sp
     Raises: ShapeError unless scores are (..., n, n); DomainError for max_length < 1, NaN or +inf (-inf is allowed).
     Precision: exact; the score is the input's value.
     Source: kexue.fm/archives/8739 (cmrc2018; windows are compared by score).
-    Differs: the official cmrc2018 baseline allows 50 tokens, CLUE-bert4keras any length; both forbid the [CLS] span,
-    which is -inf in the caller's mask here.
+    Differs: the official cmrc2018 baseline allows 50 tokens; CLUE-bert4keras allows any length and forbids row and
+    column 0 ([CLS]), which the caller sets to -inf here.
     """
     scores = _spans("head.best_span", scores)
     check.domain("head.best_span", max_length >= 1, "max_length >= 1", max_length=max_length)

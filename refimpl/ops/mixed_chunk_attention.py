@@ -286,9 +286,8 @@ def step(
     op = "mixed_chunk_attention.step"
     rule = _Rule(chunk, scale, kernel, normaliser, None)
     new = _checked(op, (q_quad, k_quad, q_lin, k_lin, v), key_mask, None, bias, rule)
-    b, (s, e), f = new.v.shape[:-2], (new.q_lin.shape[-1], new.v.shape[-1]), state.v.shape[-2]
-    fits = state.summary.shape == b + (s, e) and state.k_lin.shape == b + (f, s) and f < chunk
-    check.shape(op, fits, f"a state of {b} + (s, e) = {(s, e)}, buffer below {chunk}", S=state.summary, buffer=state.v)
+    state = _checked_state(op, state, new, chunk)
+    f = state.v.shape[-2]
     # Buffered rows were answered before: zeros stand in for their queries, and their outputs are dropped.
     k_quad, k_lin = _joined(state.k_quad, new.k_quad), _joined(state.k_lin, new.k_lin)
     q_quad, q_lin = _joined(np.zeros_like(state.k_quad), new.q_quad), _joined(np.zeros_like(state.k_lin), new.q_lin)
@@ -422,6 +421,21 @@ def _checked(
         bias = check.real(op, "bias", bias)
         check.shape(op, bias.shape == (rule.chunk,) * 2, f"bias of shape {(rule.chunk,) * 2}", bias=bias)
     return _Given(q_quad, k_quad, q_lin, k_lin, v, valid, segments, bias)
+
+
+def _checked_state(op: str, state: State, new: _Given, chunk: int) -> State:
+    summary, k_quad, k_lin, v = (
+        check.real(op, name, getattr(state, name)) for name in ("summary", "k_quad", "k_lin", "v")
+    )
+    counted, valid = check.integer(op, "counted", state.counted), check.boolean(op, "valid", state.valid)
+    b, s, e, f = new.v.shape[:-2], new.q_lin.shape[-1], new.v.shape[-1], valid.shape[-1] if valid.ndim else chunk
+    fits = (summary.shape, counted.shape, valid.shape) == (b + (s, e), b, b + (f,))
+    fits = fits and k_quad.shape == k_lin.shape == b + (f, s) and v.shape == b + (f, e)
+    expected = f"a state of b = {b}, s = {s}, e = {e} with fewer than c = {chunk} buffered tokens"
+    received = {"summary": summary, "counted": counted, "k_quad": k_quad, "k_lin": k_lin, "v": v, "valid": valid}
+    check.shape(op, fits and f < chunk, expected, **received)
+    check.domain(op, state.chunks >= 0, "chunks >= 0", chunks=state.chunks)
+    return State(summary, state.chunks, counted, k_quad, k_lin, v, valid)
 
 
 def _chunked_ids(op: str, segments: np.ndarray) -> np.ndarray:

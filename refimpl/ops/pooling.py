@@ -62,8 +62,8 @@ def first_last_average(
     that is not boolean.
     Precision: as masked_mean, against half the sum of both magnitudes.
     Source: kexue.fm/archives/8069 (P4).
-    Differs: "first" is the output of the first transformer block. SimCSE before 2022 and ports of BERT-whitening that
-    read hidden_states[0] average in the embeddings instead.
+    Differs: "first" is the output of the first transformer block. SimCSE up to January 2022 and other code that reads
+    hidden_states[0] average the embeddings instead.
     """
     first = check.real("pooling.first_last_average", "first", first)
     last = check.real("pooling.first_last_average", "last", last)

@@ -33,9 +33,7 @@ def weights_of(d_in, d_memory, heads, groups, width, value_width, d_out, bias=Tr
     return [array for pair in pairs for array in pair]
 
 
-self_attention = partial(
-    attention.multi_head_attention, heads=3, rotate=rope.rotate_interleaved, kernel=ak.softmax
-)
+self_attention = partial(attention.multi_head_attention, heads=3, rotate=rope.rotate_interleaved, kernel=ak.softmax)
 
 
 # Masks and positions

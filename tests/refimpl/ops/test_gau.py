@@ -359,9 +359,7 @@ def test_blocks_refuse_a_unit_that_ends_in_another_width():
     with pytest.raises(ShapeError, match="width of x"):
         gau.block_post_norm(np.zeros((3, 5)), None, None, None, None, **weights, **functions, epsilon=1e-12)
     with pytest.raises(ShapeError, match="width of x"):
-        gau.block_pre_norm(
-            np.zeros((3, 5)), None, None, None, None, **weights, **functions, length=8, norm=lambda t: t
-        )
+        gau.block_pre_norm(np.zeros((3, 5)), None, None, None, None, **weights, **functions, length=8, norm=lambda t: t)
 
 
 @pytest.mark.parametrize(

@@ -529,8 +529,25 @@ def test_what_streams_and_heads_refuse():
         with pytest.raises(ShapeError, match="step: expected a state of"):
             mca.step(state, *heads, **options)
     _, state = mca.step(mca.initial_state(batch=(2,), s=3, e=5), *(x[:, :2] for x in heads), **options)
-    with pytest.raises(ShapeError, match="buffer below 2"):
+    with pytest.raises(ShapeError, match="fewer than c = 2 buffered"):
         mca.step(state, *heads, **{**options, "chunk": 2})
+    for changes in (
+        {"k_quad": state.k_quad[:, 1:]},
+        {"k_lin": state.k_lin[..., 1:]},
+        {"v": state.v[:1]},
+        {"valid": state.valid[:, 1:]},
+        {"counted": state.counted[1:]},
+    ):
+        with pytest.raises(ShapeError, match="step: expected a state of"):
+            mca.step(state._replace(**changes), *heads, **options)
+    for changes in (
+        {"summary": state.summary * np.nan},
+        {"valid": state.v[..., 0]},
+        {"counted": np.zeros(2)},
+        {"chunks": -1},
+    ):
+        with pytest.raises(DomainError, match="step"):
+            mca.step(state._replace(**changes), *heads, **options)
     z, gamma = np.ones((7, 3)), np.ones((4, 3))
     with pytest.raises(ShapeError, match=r"gamma and beta of shape \(4, s\)"):
         mca.scale_offset_heads(z, np.ones((2, 3)), np.ones((2, 3)), rows=mca.ROWS_PAPER)
@@ -539,6 +556,12 @@ def test_what_streams_and_heads_refuse():
     for rows in ((0, 1, 2), (0, 1, 2, 2), (1, 2, 3, 4)):
         with pytest.raises(DomainError, match="permutation"):
             mca.scale_offset_heads(z, gamma, gamma, rows=rows)
+    for documents in (mca.same_document, mca.overlapping_chunks):
+        with pytest.raises(DomainError, match=f"{documents.__name__}: segments must be integers"):
+            documents(np.ones((2, 2)))
+        for shape in ((4,), (3, 0)):
+            with pytest.raises(ShapeError, match=r"segments of shape \(\.\.\., G, c\)"):
+                documents(np.ones(shape, dtype=int))
     with pytest.raises(DomainError, match="boolean"):
         mca.identity(np.ones((2, 2)), np.ones((2, 2)))
 
