@@ -150,7 +150,7 @@ class Arithmetic:
     def _constant(self, value: float) -> float:
         """What writing a number in the working format, and if eager in the storage format, does to it."""
         formats = {self.profile.working, self.profile.elementary}
-        lost = [f for f in formats if round_to(np.float64(value), f) != value]
+        lost = [f for f in formats if round_to(np.asarray(value), f) != value]
         if any(abs(value) > largest(f) for f in lost):
             return float("inf")
         return sum(unit_roundoff(f) * abs(value) + half_subnormal(f) for f in lost)

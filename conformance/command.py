@@ -46,7 +46,7 @@ def told() -> Iterator[None]:
     """Errors that the user can mend end the command with one line and status 2; Ctrl-C with 130."""
     try:
         yield
-    except (AdapterError, CorpusError, FileNotFoundError) as error:
+    except (AdapterError, CorpusError, OSError, UnicodeDecodeError) as error:
         errors.print(f"[red]refimpl:[/red] {escape(str(error))}")
         raise typer.Exit(2) from None
     except KeyboardInterrupt:
@@ -59,7 +59,7 @@ def bar(title: str) -> Iterator[Callable[[int, int], None]]:
     """A progress bar on the terminal; callback(done, total)."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=errors, transient=True) as progress:
-        task = progress.add_task(title, total=None)
+        task = progress.add_task(escape(title), total=None)
         yield lambda done, total: progress.update(task, completed=done, total=total)
 
 
@@ -146,7 +146,7 @@ def repro(
         if not implementations:
             raise AdapterError(f"repro: {adapter} does not claim {op}{f' in {dtype}' if dtype else ''}")
         law = next((x for x in families()[op.split(".")[0]].LAWS if x.name == name and op in x.operators), None)
-        failed = False
+        failed = judged = False
         for implementation in implementations:
             if law is not None:
                 verdict: Verdict = runner.check_law(
@@ -159,16 +159,19 @@ def repro(
                 verdict = runner.judge(
                     implementation.name, implementation.functions[op], vector, implementation.profile
                 )
-                console.print(f"[bold]{vector.case.id}[/bold] {vector.case.note}")
+                console.print(f"[bold]{vector.case.id}[/bold] {escape(vector.case.note)}")
                 console.print(escape(describe(vector.case)), soft_wrap=True)
                 console.print(report.elements(verdict, vector))
             colour = "red" if verdict.failed else "green"
             detail = f": {escape(verdict.message)}" if verdict.message else ""
+            shown = escape(implementation.name)
             console.print(
-                f"[{colour}]{verdict.outcome}[/{colour}] {implementation.name} ({implementation.profile}){detail}",
+                f"[{colour}]{verdict.outcome}[/{colour}] {shown} ({implementation.profile}){detail}",
                 soft_wrap=True,
             )
-            failed |= verdict.failed
+            failed, judged = failed or verdict.failed, True
+        if not judged:
+            raise AdapterError(f"repro: {case} is not judged in the formats of {adapter}")
     raise typer.Exit(1 if failed else 0)
 
 

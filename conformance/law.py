@@ -16,7 +16,6 @@ import numpy as np
 
 from conformance.case import OPERATORS, Case, Function, as_tuple, reference, storage_arguments
 
-
 # No result of a case comes near this number of elements; a larger one is refused before it is copied.
 LARGEST_RESULT = 1 << 24
 
@@ -105,6 +104,13 @@ def run(implementation: Function, case: Case, **changes: Any) -> tuple[Output, .
             raise LawFailed(
                 f"{case.op} case {case.name} ({case.profile}): {name} has shape {value.shape}, expected {ball.shape}"
             )
+        # Two results that are NaN would agree with each other under every law.
+        strange = ~np.isfinite(value) & np.isfinite(ball.value) & np.isfinite(ball.rad)
+        if strange.any():
+            raise LawFailed(
+                f"{case.op} case {case.name} ({case.profile}): {name} has {int(strange.sum())} elements are NaN or "
+                "infinite, numbers are expected"
+            )
         made.append(Output(value, ball.rad))
     if len(outputs) != len(expected):
         raise LawFailed(f"{case.op}: {len(outputs)} results, expected {len(expected)} ({', '.join(expected)})")
@@ -112,9 +118,9 @@ def run(implementation: Function, case: Case, **changes: Any) -> tuple[Output, .
 
 
 def close(law: str, case: Case, actual: Any, expected: Any, tolerance: Any) -> None:
-    """Raise LawFailed at the element furthest beyond `tolerance`; NaN fails. An infinite tolerance says nothing.
+    """Raise LawFailed at the element furthest beyond `tolerance`, NaN where a number is due among them.
 
-    A tolerance that is NaN (0 times an infinite radius) is an infinite one.
+    An infinite tolerance says nothing; one that is NaN (0 times an infinite radius) is infinite.
     """
     actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
     if actual.shape != expected.shape:
@@ -122,7 +128,8 @@ def close(law: str, case: Case, actual: Any, expected: Any, tolerance: Any) -> N
     tolerance = np.broadcast_to(np.asarray(tolerance, np.float64), actual.shape)
     tolerance = np.where(np.isnan(tolerance), np.inf, tolerance)
     with np.errstate(invalid="ignore"):
-        excess = np.where(actual == expected, 0.0, np.abs(actual - expected) - tolerance)
+        same = (actual == expected) | (np.isnan(actual) & np.isnan(expected))
+        excess = np.where(same, 0.0, np.abs(actual - expected) - tolerance)
     bad = (excess > 0) | (np.isnan(excess) & ~np.isinf(tolerance))
     if bad.any():
         index = tuple(
@@ -135,7 +142,5 @@ def close(law: str, case: Case, actual: Any, expected: Any, tolerance: Any) -> N
 
 
 def equal(law: str, case: Case, actual: Any, expected: Any) -> None:
-    """Bit for bit (signs of zero aside, NaN equal to NaN): causality, isolation of documents, data movement."""
-    actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
-    both = np.isnan(actual) & np.isnan(expected) if actual.shape == expected.shape else False
-    close(law, case, actual, expected, np.where(both, np.inf, 0.0))
+    """Bit for bit (signs of zero aside): causality, isolation of documents, data movement."""
+    close(law, case, actual, expected, 0.0)

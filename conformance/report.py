@@ -14,6 +14,7 @@ from typing import Any
 from xml.etree import ElementTree
 
 import numpy as np
+from rich.markup import escape
 from rich.table import Table
 
 from conformance.budget import Profile
@@ -52,7 +53,8 @@ def write(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, part = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
+        # A message may quote bytes that are no text (lone surrogates).
+        with os.fdopen(handle, "w", encoding="utf-8", errors="backslashreplace") as file:
             file.write(text)
         os.chmod(part, 0o644)
         os.replace(part, path)
@@ -113,7 +115,7 @@ def figure(ratio: float) -> str:
 
 def table(run: Run) -> Table:
     """Operator x precision: verdict and worst error / bound."""
-    made = Table(title=f"{run.adapter}: verdict and worst error / bound", title_justify="left")
+    made = Table(title=f"{escape(run.adapter)}: verdict and worst error / bound", title_justify="left")
     made.add_column("operator", no_wrap=True)
     heads = columns(run)
     for head in heads:
@@ -216,11 +218,13 @@ def mutant_table(found: Sequence[Kill], *, every: bool) -> Table:
     for kill in found:
         if every or not kill.vectors or not kill.laws:
             if kill.mutant.equivalent:
-                made.add_row(kill.mutant.op, kill.mutant.bug, f"equivalent: {kill.mutant.equivalent}", "")
+                made.add_row(
+                    kill.mutant.op, escape(kill.mutant.bug), escape(f"equivalent: {kill.mutant.equivalent}"), ""
+                )
             else:
                 made.add_row(
                     kill.mutant.op,
-                    kill.mutant.bug,
+                    escape(kill.mutant.bug),
                     str(len(kill.vectors)) if kill.vectors else "[red]alive[/red]",
                     ", ".join(kill.laws) or "[yellow]alive[/yellow]",
                 )
@@ -269,7 +273,7 @@ def json_lines(run: Run) -> str:
 
 def junit(run: Run) -> str:
     """JUnit XML: one test suite an operator, one test case a verdict."""
-    root = ElementTree.Element("testsuites", name=f"refimpl check {run.adapter}", time=f"{run.seconds:.3f}")
+    root = ElementTree.Element("testsuites", name=_xml(f"refimpl check {run.adapter}"), time=f"{run.seconds:.3f}")
     laws = failing_laws(run)
     for op in run.operators:
         rows = [(i, v) for i, v in enumerate(run.verdicts) if v.op == op]
@@ -283,7 +287,7 @@ def junit(run: Run) -> str:
             skipped=str(sum(v.outcome == "skipped" or i in run.expected for i, v in rows)),
         )
         for i, v in rows:
-            name = f"{v.case} [{v.implementation}, {column(v)}]"
+            name = _xml(f"{v.case} [{v.implementation}, {column(v)}]")
             case = ElementTree.SubElement(suite, "testcase", classname=v.op, name=name)
             if i in run.expected:
                 ElementTree.SubElement(case, "skipped", message=_xml(f"expected failure: {run.expected[i]}"))
@@ -303,8 +307,10 @@ def junit(run: Run) -> str:
 
 
 def _xml(text: str) -> str:
-    """XML 1.0 knows no control characters."""
-    return "".join(c if c >= " " or c in "\n\t" else "?" for c in text)
+    """XML 1.0 knows no control characters, surrogates or U+FFFE and U+FFFF."""
+    return "".join(
+        c if (" " <= c < "\ud800" or c >= "\ue000" and c not in "\ufffe\uffff" or c in "\n\t") else "?" for c in text
+    )
 
 
 def markdown(run: Run) -> str:

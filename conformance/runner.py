@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import fnmatch
+import shlex
+import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field, replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 from conformance.adapters import AdapterError, Implementation, load
-from conformance.budget import PROFILES, Profile
+from conformance.budget import PROFILES
 from conformance.case import OPERATORS, families, selected
 from conformance.vectors import FOLDER, Vector, read_manifest
 from conformance.vectors import load as load_vectors
@@ -116,11 +120,7 @@ def check(
         raise AdapterError(f"check: no operator or family {unknown[0]!r}; `refimpl ops` lists them")
     if profile is not None and profile not in PROFILES:
         raise AdapterError(f"check: expected a profile among {', '.join(PROFILES)}, received {profile!r}")
-    implementations = tuple(
-        replace(i, profile=replace(i.profile, name=profile or i.profile.name))
-        for i in load(adapter)
-        if dtype in (None, i.profile.dtype)
-    )
+    implementations = _implementations(adapter, dtype, profile)
     if not implementations:
         raise AdapterError(f"check: {adapter} declares no implementation in {dtype}")
     chosen = [op for op in OPERATORS() if names is None or selected(op, names)]
@@ -134,12 +134,12 @@ def check(
     )
     judging = _Judging(adapter, implementations, vectors, examples)
     verdicts: list[Verdict] = []
-    for done, found in enumerate(_each(judging, jobs), 1):
+    for done, found in enumerate(_each(judging, jobs, dtype, profile), 1):
         verdicts += found
         if progress:
             progress(done, len(jobs))
     matched = {i: _expectation(expected, v) for i, v in enumerate(verdicts)}
-    complaints = _idle(expected, verdicts, laws=examples > 0)
+    complaints = _unknown(jobs, manifest) + _idle(expected, verdicts)
     return Run(
         adapter=adapter,
         implementations=implementations,
@@ -151,6 +151,15 @@ def check(
         seconds=time.perf_counter() - started,
         expected={i: e.reason for i, e in matched.items() if e is not None and verdicts[i].failed},
         complaints=complaints,
+    )
+
+
+def _implementations(adapter: str, dtype: str | None, profile: str | None) -> tuple[Implementation, ...]:
+    """What an adapter declares in one format (or in all), under its own profile or another."""
+    return tuple(
+        replace(i, profile=replace(i.profile, name=profile or i.profile.name))
+        for i in load(adapter)
+        if dtype in (None, i.profile.dtype)
     )
 
 
@@ -185,26 +194,32 @@ class _Judging:
         return [replace(v, outputs=()) for v in made]
 
 
-def _each(judging: _Judging, jobs: Sequence[tuple[int, str]]) -> Iterator[list[Verdict]]:
+def _each(
+    judging: _Judging, jobs: Sequence[tuple[int, str]], dtype: str | None, profile: str | None
+) -> Iterator[list[Verdict]]:
     """The jobs in order; many of them on two processes, each of which loads the adapter for itself."""
     if len(jobs) < PARALLEL_FROM:
         yield from map(judging, jobs)
         return
-    declared = [(i.name, i.profile) for i in judging.implementations]
-    with get_context("spawn").Pool(
-        WORKERS, _begin, (judging.adapter, declared, judging.vectors, judging.examples)
-    ) as pool:
-        yield from pool.imap(_judge, jobs, chunksize=4)
+    given = (judging.adapter, dtype, profile, judging.vectors, judging.examples)
+    # A multiprocessing.Pool would wait for ever for a process that a crash in native code has ended.
+    with ProcessPoolExecutor(WORKERS, get_context("spawn"), _begin, given) as pool:
+        try:
+            yield from pool.map(_judge, jobs)
+        except BrokenProcessPool:
+            raise AdapterError(f"check: a process that ran {judging.adapter} ended without a verdict") from None
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
 
 
 _PROCESS: list[_Judging] = []
 
 
-def _begin(adapter: str, declared: Sequence[tuple[str, Profile]], vectors: Sequence[Vector], examples: int) -> None:
-    """Set up a worker process."""
-    loaded = {(i.name, i.profile.dtype): i for i in load(adapter)}
-    implementations = tuple(replace(loaded[name, profile.dtype], profile=profile) for name, profile in declared)
-    _PROCESS.append(_Judging(adapter, implementations, vectors, examples))
+def _begin(adapter: str, dtype: str | None, profile: str | None, vectors: Sequence[Vector], examples: int) -> None:
+    """Set up a worker process; Ctrl-C ends it without a traceback."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    _PROCESS.append(_Judging(adapter, _implementations(adapter, dtype, profile), vectors, examples))
 
 
 def _judge(job: tuple[int, str]) -> list[Verdict]:
@@ -224,16 +239,24 @@ def _expectation(expected: Sequence[ExpectedFailure], verdict: Verdict) -> Expec
     return next((e for e in expected if e.matches(verdict)), None)
 
 
-def _idle(expected: Sequence[ExpectedFailure], verdicts: Sequence[Verdict], *, laws: bool) -> tuple[str, ...]:
+def _unknown(jobs: Sequence[tuple[int, str]], manifest: dict[str, Any]) -> tuple[str, ...]:
+    """Claimed operators of which the corpus knows nothing: it is a part, or older than the operator."""
+    absent = sorted({op for _, op in jobs} - {e["operator"] for e in manifest["cases"]})
+    return tuple(f"the corpus has no case of {op}" for op in absent)
+
+
+def _idle(expected: Sequence[ExpectedFailure], verdicts: Sequence[Verdict]) -> tuple[str, ...]:
     """An expectation that nothing met, or that a passing case met, is out of date and fails the run.
 
-    Lines on operators, formats or laws that were not asked for are passed over.
+    Lines on operators and formats that were not asked for are passed over, and so are lines that name laws: whether a
+    law meets the rare input on which it fails depends on what is drawn.
     """
     made = []
     for line in expected:
         met = [v for v in verdicts if line.matches(v)]
-        asked = [v for v in verdicts if fnmatch.fnmatchcase(v.op, line.operator) and line.dtype in ("*", v.dtype)]
-        if not asked or (not laws and any(law.name == line.case for v in asked[:1] for law in _laws(v.op))):
+        asked = {v.op for v in verdicts if fnmatch.fnmatchcase(v.op, line.operator) and line.dtype in ("*", v.dtype)}
+        on_laws = any(fnmatch.fnmatchcase(law.name, line.case) for op in asked for law in _laws(op))
+        if not asked or (on_laws and not any(v.kind == "vector" for v in met)):
             continue
         if not met:
             made.append(f"xfails line {line.line}: {line.pattern} matches no case that ran")
@@ -244,7 +267,7 @@ def _idle(expected: Sequence[ExpectedFailure], verdicts: Sequence[Verdict], *, l
 
 def repro_command(adapter: str, verdict: Verdict) -> str:
     """The command that shows one verdict again."""
-    return f"refimpl repro {verdict.op}/{verdict.case} {adapter} --dtype {verdict.dtype}"
+    return f"refimpl repro {verdict.op}/{verdict.case} {shlex.quote(adapter)} --dtype {verdict.dtype}"
 
 
 def message(verdict: Verdict, failing_laws: Sequence[str] = (), adapter: str = "") -> str:

@@ -79,7 +79,17 @@ def build(case: Case) -> Vector:
             bounds[key] = {name: round_up(ball.rad) for name, ball in balls.items()}
     if not expected:
         raise CorpusError(f"{case.id}: no storage format holds every float input exactly")
-    return Vector(case, expected, bounds)
+    return _checked(Vector(case, expected, bounds))
+
+
+def _checked(vector: Vector) -> Vector:
+    """The vector, if it can judge: every output has a bound of its shape in every profile."""
+    for name, value in vector.expected.items():
+        for profile in profiles(vector.case):
+            bound = vector.bounds.get(str(profile), {}).get(name)
+            if bound is None or bound.shape != value.shape or not ((bound >= 0) | ~np.isfinite(value)).all():
+                raise CorpusError(f"vectors: {vector.case.id}: {name} has no usable bound for {profile}")
+    return vector
 
 
 def round_up(radius: np.ndarray, bits: int = 12) -> np.ndarray:
@@ -168,11 +178,10 @@ def manifest(entries: list[dict[str, Any]]) -> dict[str, Any]:
     counts: dict[str, int] = {}
     for entry in entries:
         counts[entry["operator"]] = counts.get(entry["operator"], 0) + 1
-    root = hashlib.sha256("".join(e["sha256"] for e in entries).encode()).hexdigest()
     return {
         "schema": SCHEMA,
         "provenance": PROVENANCE,
-        "sha256": root,
+        "sha256": _root(entries),
         "minimum": len(entries),
         "operators": {
             name: {
@@ -186,6 +195,11 @@ def manifest(entries: list[dict[str, Any]]) -> dict[str, Any]:
         },
         "cases": entries,
     }
+
+
+def _root(entries: Sequence[dict[str, Any]]) -> str:
+    """SHA-256 of the lines of all cases: what a file is for (exact, formats, attributes) counts as its bytes do."""
+    return hashlib.sha256("\n".join(json.dumps(e, sort_keys=True) for e in entries).encode()).hexdigest()
 
 
 def dump(description: dict[str, Any]) -> str:
@@ -205,15 +219,24 @@ def regenerate(
         (fresh / "manifest.json").write_text(dump(generate(fresh, progress=progress)))
         changed = differences(folder, fresh)
         if changed and not keep:
-            old = fresh.with_name(fresh.name + "-old")
-            if folder.exists():
-                os.replace(folder, old)
-            os.replace(fresh, folder)
-            folder.chmod(0o755)
-            shutil.rmtree(old, ignore_errors=True)
+            _put(fresh, folder)
         return changed
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
+
+
+def _put(fresh: Path, folder: Path) -> None:
+    """Exchange one folder for another; whatever happens in between, `folder` is one of the two."""
+    old = fresh.with_name(fresh.name + "-old")
+    try:
+        if folder.exists():
+            os.replace(folder, old)
+        os.replace(fresh, folder)
+        folder.chmod(0o755)
+    finally:
+        if old.exists() and not folder.exists():
+            os.replace(old, folder)
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def differences(one: Path, other: Path) -> list[str]:
@@ -232,14 +255,29 @@ def read_manifest(folder: Path = FOLDER) -> dict[str, Any]:
     if not path.is_file():
         raise CorpusError(f"vectors: no manifest at {path}")
     try:
-        read: dict[str, Any] = json.loads(path.read_text())
+        read: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise CorpusError(f"vectors: {path} is not JSON: {error}") from None
+    try:
+        return _consistent(read, folder)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise CorpusError(f"vectors: {path} is not a manifest: {type(error).__name__}: {error}") from None
+
+
+def _consistent(read: dict[str, Any], folder: Path) -> dict[str, Any]:
     if read.get("schema") != SCHEMA:
         raise CorpusError(f"vectors: expected schema {SCHEMA}, received {read.get('schema')!r}")
     entries = read["cases"]
-    root = hashlib.sha256("".join(e["sha256"] for e in entries).encode()).hexdigest()
-    if root != read["sha256"] or len(entries) < read["minimum"]:
+    for entry in entries:
+        # A file name in the folder is not enough: "a/../../corpus/b" is one, and would leave a copy of the folder.
+        inside = (folder / entry["file"]).resolve().is_relative_to(folder.resolve())
+        if not inside or ".." in Path(entry["file"]).parts:
+            raise CorpusError(f"vectors: {entry['file']} leaves the corpus folder")
+    for key in ("id", "file"):
+        if len({e[key] for e in entries}) != len(entries):
+            raise CorpusError(f"vectors: the manifest lists a case twice ({key})")
+    root = _root(entries)
+    if root != read["sha256"] or len(entries) < max(read["minimum"], 1):
         raise CorpusError(
             f"vectors: the manifest promises {read['minimum']} cases with root {read['sha256'][:12]}, "
             f"it lists {len(entries)} with root {root[:12]}"
@@ -248,9 +286,6 @@ def read_manifest(folder: Path = FOLDER) -> dict[str, Any]:
         have = sum(e["operator"] == name for e in entries)
         if have < operator["minimum"]:
             raise CorpusError(f"vectors: {name} promises {operator['minimum']} cases, the manifest lists {have}")
-    for entry in entries:
-        if not (folder / entry["file"]).resolve().is_relative_to(folder.resolve()):
-            raise CorpusError(f"vectors: {entry['file']} leaves the corpus folder")
     return read
 
 
@@ -272,6 +307,7 @@ def load_case(identifier: str, folder: Path = FOLDER) -> Vector:
 
 
 def _load(folder: Path, entry: dict[str, Any]) -> Vector:
+    from safetensors import SafetensorError
     from safetensors.numpy import load as parse
 
     path = folder / entry["file"]
@@ -284,10 +320,17 @@ def _load(folder: Path, entry: dict[str, Any]) -> Vector:
     digest = hashlib.sha256(data).hexdigest()
     if digest != entry["sha256"]:
         raise CorpusError(f"vectors: {entry['file']} has SHA-256 {digest[:12]}..., expected {entry['sha256'][:12]}...")
+    try:
+        return _checked(_parsed(entry, parse(data)))
+    except (KeyError, SafetensorError) as error:
+        raise CorpusError(f"vectors: {entry['file']} cannot be read: {type(error).__name__}: {error}") from None
+
+
+def _parsed(entry: dict[str, Any], held: dict[str, np.ndarray]) -> Vector:
     arguments: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in entry["attributes"].items()}
     expected: dict[str, np.ndarray] = {}
     bounds: dict[str, dict[str, np.ndarray]] = {}
-    for key, value in parse(data).items():
+    for key, value in held.items():
         kind, _, name = key.partition("/")
         if kind == "input":
             arguments[name] = value.astype(np.float64) if value.dtype.kind == "f" else value
@@ -330,7 +373,10 @@ def export(target: Path, folder: Path = FOLDER, names: Iterable[str] | None = No
     if target.exists():
         raise CorpusError(f"vectors export: {target} exists already")
     read = verify(folder)
-    entries = [e for e in read["cases"] if names is None or selected(e["operator"], list(names))]
+    chosen = None if names is None else list(names)
+    entries = [e for e in read["cases"] if chosen is None or selected(e["operator"], chosen)]
+    if not entries:
+        raise CorpusError(f"vectors export: no case of {', '.join(chosen or ())}")
     target.parent.mkdir(parents=True, exist_ok=True)
     part = Path(tempfile.mkdtemp(prefix=target.name + ".", dir=target.parent))
     try:

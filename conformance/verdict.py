@@ -100,7 +100,8 @@ def compare(outputs: Sequence[np.ndarray], vector: Vector, profile: Profile | st
         if ratio.size and ratio.max() > worst:
             index = tuple(int(i) for i in np.unravel_index(np.argmax(ratio), ratio.shape))
             worst = float(ratio.max())
-            times = "not equal bit for bit" if exact else f"{worst:.2g} x the bound"
+            times = f"{worst:.2g} x the bound" if np.isfinite(worst) else "beyond any bound"
+            times = "not equal bit for bit" if exact else times
             message = f"{name}{list(index)}={out[index]:.6g}, should be {expected[index]:.6g}; {times}"
             if not exact and bound[index] == 0:
                 message = f"{name}{list(index)}={out[index]:.6g}, should be exactly {expected[index]:.6g}"

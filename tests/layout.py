@@ -37,7 +37,7 @@ MIRRORS = ("refimpl", "conformance")
 MIRRORS_ONCE_THERE = ("torchimpl", "export")
 FAMILY_FOLDERS = ("ops", "models")
 
-# Lines of code: docstrings, comments and blank lines are not counted.
+# Lines that compute: docstrings, signatures, comments and blank lines are not counted.
 LONGEST_OPERATOR_FILE = 220
 IMPORT_SECONDS = 0.3
 
@@ -134,7 +134,7 @@ def file_lengths(root: Path) -> list[str]:
 
 
 def _code_lines(source: str) -> set[int]:
-    """Numbers of the lines that hold code: the docstrings are the specification, and as long as they must be."""
+    """Numbers of the lines that compute: docstrings and signatures (one argument and its shape a line) specify."""
     layout = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
     lines = set()
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
@@ -143,6 +143,8 @@ def _code_lines(source: str) -> set[int]:
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, (ast.Module, ast.FunctionDef, ast.ClassDef)) and ast.get_docstring(node) is not None:
             lines.difference_update(range(node.body[0].lineno, node.body[0].end_lineno + 1))
+        if isinstance(node, ast.FunctionDef):
+            lines.difference_update(range(node.lineno, node.body[0].lineno))
     return lines
 
 

@@ -1,7 +1,7 @@
 """FLASH-pytorch: its GAU and FLASH modules, weights copied in.
 
-The modules add norm and residual; the norm is replaced by the identity (the constructor takes a class) and the output is
-read before the residual. The relative position bias is always there, whatever `rel_pos_bias` says: it stays as it is
+The modules add norm and residual; the norm is replaced by the identity (the constructor takes a class) and the output
+is read before the residual. The relative position bias is always there, whatever `rel_pos_bias` says: it stays as it is
 built in "FLASH-pytorch", and is zeroed by hand in "FLASH-pytorch, bias zeroed".
 """
 

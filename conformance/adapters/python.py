@@ -17,6 +17,7 @@ from types import ModuleType
 from conformance.adapters import AdapterError, Implementation
 from conformance.budget import Profile
 from conformance.case import OPERATORS
+from conformance.law import contained
 
 DEFAULT_PROFILE = {"float64": "strict", "float32": "strict"}
 
@@ -30,13 +31,18 @@ def load_file(target: str) -> ModuleType:
     if spec is None or spec.loader is None:
         raise AdapterError(f"adapter python:{target}: not a Python file")
     module = importlib.util.module_from_spec(spec)
-    sys.path.insert(0, str(path.parent.resolve()))
+    # As the import system does: dataclasses and pickle look their module up by name.
+    sys.modules[spec.name] = module
+    folder = str(path.parent.resolve())
+    sys.path.insert(0, folder)
     try:
-        spec.loader.exec_module(module)
+        with contained():
+            spec.loader.exec_module(module)
     except Exception as error:
         raise AdapterError(f"adapter python:{target}: {type(error).__name__} while importing it: {error}") from error
     finally:
-        sys.path.remove(str(path.parent.resolve()))
+        if folder in sys.path:
+            sys.path.remove(folder)
     return module
 
 
@@ -54,8 +60,13 @@ def implementations(target: str) -> tuple[Implementation, ...]:
         if not callable(function):
             raise AdapterError(f"adapter python:{target}: IMPLEMENTS[{name!r}] is not callable: {function!r}")
     declared = getattr(module, "PROFILE", DEFAULT_PROFILE)
+    if not isinstance(declared, dict) or not declared:
+        raise AdapterError(
+            f'adapter python:{target}: expected PROFILE = {{"float32": "strict", ...}}, received {declared!r}'
+        )
+    version = str(getattr(module, "__version__", ""))
     return tuple(
-        Implementation(path.name, dict(claimed), _profile(target, dtype, text), getattr(module, "__version__", ""))
+        Implementation(path.name, dict(claimed), _profile(target, dtype, text), version)
         for dtype, text in declared.items()
     )
 

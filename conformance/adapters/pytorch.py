@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -18,8 +18,8 @@ from conformance.adapters.tensors import to_array, to_tensor
 from conformance.budget import DTYPES, Profile
 from conformance.case import Function, Unsupported
 
-if TYPE_CHECKING:
-    from torch import Tensor
+# torch.Tensor, which only a running adapter may import.
+Tensor = Any
 
 
 # Activations.
@@ -288,6 +288,9 @@ def _on_arrays(function: Function) -> Function:
 def implementations() -> tuple[Implementation, ...]:
     """Every kernel in the formats it has; in 16 bits under the arithmetic that it declares."""
     import torch
+
+    # One order of summation on every machine, and no threads that wait for each other beside the judge's processes.
+    torch.set_num_threads(1)
 
     def made(name: str, dtype: str, profile: str, functions: dict[str, Function]) -> Implementation:
         called = {op: _on_arrays(f) for op, f in functions.items()}

@@ -1,18 +1,15 @@
-"""NumPy arrays in the storage format to torch tensors and back, bit for bit (NumPy knows bfloat16 by ml_dtypes only)."""
+"""NumPy arrays in the storage format to torch tensors and back, bit for bit (bfloat16 through ml_dtypes)."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from conformance.case import storage_type
 
-if TYPE_CHECKING:
-    import torch
 
-
-def to_tensor(array: np.ndarray) -> torch.Tensor:
+def to_tensor(array: np.ndarray) -> Any:
     """A tensor that owns its memory."""
     import torch
 
@@ -27,7 +24,7 @@ def to_tensors(*arrays: np.ndarray | None) -> Any:
     return tuple(None if a is None else to_tensor(a) for a in arrays)
 
 
-def to_array(tensor: torch.Tensor) -> np.ndarray:
+def to_array(tensor: Any) -> np.ndarray:
     """A NumPy array in the tensor's own format."""
     import torch
 

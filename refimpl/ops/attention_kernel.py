@@ -106,7 +106,7 @@ def squared_relu_array(
 ) -> Float[np.ndarray, "*s"]:
     """Squared ReLU divided by the length of the key axis, padding included.
 
-    weights_ij = mask_ij max(scores_ij, 0)² / max(m, 1)
+    weights_ij = mask_ij max(scores_ij, 0)² / m
 
     C1. Appending m' masked keys must scale the weights by m/(m + m'): this is not invariant to padding.
     C2. Masked weights must be exactly 0 and negative scores must give 0.
@@ -114,7 +114,7 @@ def squared_relu_array(
     Source: the pseudo-code of arXiv:2202.10447 knows no padding; lucidrains/FLASH-pytorch divides by this length.
     """
     scores, mask = _checked("attention_kernel.squared_relu_array", scores, mask)
-    return _squared_relu(scores, mask) / max(scores.shape[-1], 1)
+    return _squared_relu(scores, mask) / scores.shape[-1]
 
 
 def squared_relu_constant(

@@ -186,7 +186,7 @@ def alternating_normalization(
                 near = reach >= FRAME_LIMIT
                 beyond[part] |= ~np.asarray(near)[alive].all(axis=0)
                 column = scaled * ((near / (reach + ~near)).T @ powered)
-            moved = _ratio(scaled * totals, column + row) * (prior > 0)
+            moved = _ratio(scaled * totals, column + row)
             next_rows.append(_rows_to_one(_ratio(row, column + row) * prior))
             # Only ratios within a row of s matter: its largest entry is kept at 1.
             next_scale.append(_ratio(moved, moved.max(axis=1, keepdims=True)))

@@ -127,7 +127,6 @@ def moments_streamed(blocks: Iterable[np.ndarray]) -> Moments:
 
     op = "whitening.moments_streamed"
     count, mean, scatter, buffer = 0, np.zeros(0), np.zeros((0, 0)), np.zeros((0, 0))
-    ones = np.ones(BLOCK_ROWS)
     for block in blocks:
         check.shape(op, np.ndim(block) == 2 and np.shape(block)[1] >= 1, "blocks (n, d) with d >= 1", block=block)
         for start in range(0, len(block), BLOCK_ROWS):
@@ -138,7 +137,7 @@ def moments_streamed(blocks: Iterable[np.ndarray]) -> Moments:
             check.shape(op, rows.shape[1:] == mean.shape, "blocks of one width", block=block, mean=mean)
             n = count + len(rows)
             centred = np.subtract(rows, mean, out=buffer[: len(rows)])
-            delta = ones[: len(rows)] @ centred / len(rows)
+            delta = centred.sum(axis=0) / len(rows)
             if not np.isfinite(delta).all():
                 # A NaN or an infinity among the rows shows here, without a pass of its own.
                 check.real(op, "blocks", rows)

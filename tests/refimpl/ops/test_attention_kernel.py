@@ -90,16 +90,15 @@ def test_softmax_plus_on_one_visible_key_keeps_the_others_masked():
 @pytest.mark.parametrize(
     ("kernel", "expected"),
     [
-        (ak.squared_relu_visible, [[0, 2, 0, 4.5], [0, 0, 4, 9]]),
-        (ak.squared_relu_array, [[0, 1, 0, 2.25], [0, 0, 2, 4.5]]),
-        (partial(ak.squared_relu_constant, length=8), [[0, 0.5, 0, 1.125], [0, 0, 1, 2.25]]),
-        (partial(ak.squared_relu_constant, length=1), [[0, 4, 0, 9], [0, 0, 8, 18]]),
+        (ak.squared_relu_visible, [[0, 2, 0, 0], [0, 0, 2, 4.5]]),
+        (ak.squared_relu_array, [[0, 1, 0, 0], [0, 0, 2, 4.5]]),
+        (partial(ak.squared_relu_constant, length=8), [[0, 0.5, 0, 0], [0, 0, 1, 2.25]]),
+        (partial(ak.squared_relu_constant, length=1), [[0, 4, 0, 0], [0, 0, 8, 18]]),
     ],
 )
 def test_squared_relu_divides_by_its_length(kernel, expected):
-    root = math.sqrt(8)
-    scores = np.array([[-1.0, 2.0, 7.0, 3.0], [5.0, -3.0, root, math.sqrt(18)]])
-    mask = mask_of([0, 1, 0, 1], [0, 0, 1, 1])
+    scores = np.array([[-1.0, 2.0, 7.0, 3.0], [-5.0, 0.0, math.sqrt(8), math.sqrt(18)]])
+    mask = mask_of([1, 1, 0, 0], [1, 1, 1, 1])
     np.testing.assert_allclose(kernel(scores, mask), expected, rtol=1e-15)
 
 

@@ -223,6 +223,20 @@ def test_rows_beyond_the_frame_go_to_the_loop(monkeypatch):
     )
 
 
+def test_ordinary_rows_never_go_to_the_loop(monkeypatch):
+    monkeypatch.setattr(can, "alternating_normalization_loop", None)
+    rng = np.random.default_rng(7)
+    confident, b, q = distribution(rng, 23, 5, 0.3), distribution(rng, 3, 5), distribution(rng, 1, 5)[0]
+    # One row of it has nothing but the class that the prior excludes.
+    confident[0], q[4] = [0, 0, 0, 0, 1], 0
+    for alpha, iterations in ((0.5, 8), (1.0, 8), (2.0, 3)):
+        can.alternating_normalization(confident, b, q, alpha=alpha, iterations=iterations)
+    # A single confident row: its share of every column halves each round, a common factor that is taken out.
+    even = np.array([[0.5, 0.5]])
+    y = can.alternating_normalization(even, even, np.array([0.5, 0.5]), alpha=2.0, iterations=8)
+    np.testing.assert_allclose(y, even, rtol=1e-12)
+
+
 def test_blocks_do_not_show(monkeypatch):
     rng = np.random.default_rng(8)
     confident, b, q = distribution(rng, 13, 7), distribution(rng, 11, 7), distribution(rng, 1, 7)[0]

@@ -67,6 +67,13 @@ def test_moments_of_one_row_and_of_none():
     assert both.count == 0 and not both.scatter.any()
 
 
+def test_the_mean_is_good_to_one_rounding():
+    # Ten times 0.1 sums to less than 1: the residual gives the last bit back, and nothing scatters.
+    m = whitening.moments(np.full((10, 2), 0.1))
+    np.testing.assert_array_equal(m.mean, [0.1, 0.1])
+    np.testing.assert_array_equal(m.scatter, np.zeros((2, 2)))
+
+
 def test_merge_by_hand():
     a, b = whitening.moments(np.array([[0.0], [2.0]])), whitening.moments(np.array([[7.0]]))
     m = whitening.merge(a, b)
