@@ -81,9 +81,8 @@ def main() -> None:
                     alarms.append(f"{member.name} {op} drawn: {result.message}")
 
             fresh(op, member, examples, note)
-    print(
-        f"honest runs: {sum(runs.values())} ({runs['vectors']} frozen, {runs['drawn']} drawn); false alarms: {len(alarms)}"
-    )
+    kinds = f"{runs['vectors']} frozen, {runs['drawn']} drawn"
+    print(f"honest runs: {sum(runs.values())} ({kinds}); false alarms: {len(alarms)}")
     for line in alarms[:20]:
         print(f"  {line}")
     print(f"unverifiable elements outside the cases made for it: {silent} of {elements} ({silent / elements:.4%})")

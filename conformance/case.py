@@ -150,7 +150,8 @@ def reference(case: Case, *, digits: bool = False, blur: float = 0.0) -> dict[st
     operator = OPERATORS()[case.op]
     arithmetic = Arithmetic(case.profile, digits)
     arguments = {
-        k: arithmetic.ball(v, blur * np.abs(np.nan_to_num(v, posinf=0.0, neginf=0.0))) if _is_float_array(v) else v for k, v in case.arguments.items()
+        k: arithmetic.ball(v, blur * np.abs(np.where(np.isfinite(v), v, 0.0))) if _is_float_array(v) else v
+        for k, v in case.arguments.items()
     }
     with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
         balls = as_tuple(operator.reference(arithmetic, **arguments))

@@ -5,6 +5,7 @@ Every message names the operation, what was expected and what was received.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -69,11 +70,10 @@ def broadcast(operation: str, expected: str, **arrays: np.ndarray) -> tuple[int,
     try:
         return np.broadcast_shapes(*(a.shape for a in arrays.values()))
     except ValueError:
-        shape(operation, False, expected, **arrays)
-        raise AssertionError("unreachable")
+        raise ShapeError(f"{operation}: expected {expected}, received {_listed(arrays)}") from None
 
 
-def _listed(received: dict[str, Any]) -> str:
+def _listed(received: Mapping[str, Any]) -> str:
     parts = (
         f"{name} of shape {value.shape}" if isinstance(value, np.ndarray) else f"{name}={value!r}"
         for name, value in received.items()

@@ -14,7 +14,7 @@ import numpy as np
 from conformance.adapters import Implementation
 from conformance.adapters.tensors import to_array, to_tensor
 from conformance.budget import Profile
-from conformance.case import Unsupported
+from conformance.case import Function, Unsupported
 
 
 def _module(width: int, base: float, **options: Any) -> Any:
@@ -57,7 +57,7 @@ def implementations() -> tuple[Implementation, ...]:
     """float32, and what happens to float64 and bfloat16 queries."""
     import rotary_embedding_torch  # noqa: F401  (an adapter that is not installed must say so when it is loaded)
 
-    rotations = {"rope.rotate_interleaved": rotate, "rope.rotate_contiguous": rotate_contiguous}
+    rotations: dict[str, Function] = {"rope.rotate_interleaved": rotate, "rope.rotate_contiguous": rotate_contiguous}
     version = metadata.version("rotary-embedding-torch")
     name = "rotary-embedding-torch"
     return (
