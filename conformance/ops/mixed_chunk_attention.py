@@ -1483,7 +1483,7 @@ def _piece(mode: str, bug: str, stage: str, hook: Hook, url: str) -> Mutant:
 
 MUSEUM = (
     _piece(
-        "causal", "no causal mask in the chunk: it was applied to scores that nothing read any more", "reach",
+        "causal", "the causal mask is dropped on the way to the chunk", "reach",
         lambda w: _recount(w, _own_chunk(w), w["far"]), "https://github.com/keras-team/keras/issues/23038",
     ),
     _piece(

@@ -150,3 +150,121 @@ def test_float64_midpoints_agree_with_fifty_digits(seed, size):
     profile = Profile("float64", "strict", "A64")
     fast, slow = (FUNCTIONS["softmax"][0](Arithmetic(profile, d).exact(x)).finished() for d in (False, True))
     assert (np.abs(fast.value - slow.value) <= fast.rad).all()
+
+
+def test_what_is_lost_stays_lost():
+    """0 times an infinite radius is not NaN, which would accuse every implementation."""
+    lost = F32.exact(1.0) / F32.exact(0.0)
+    for ball in (lost * 0.0, einsum("i,i->", lost.reshape(1), np.zeros(1)), budget.tanh(lost * 1e30), budget.sin(lost)):
+        assert np.isinf(ball.rad)
+    assert np.isinf(softmax(F32.ball(np.array([0.0, -800.0]), np.inf), np.ones(2, bool)).rad).all()
+    with pytest.raises(ValueError, match="negative"):
+        F32.ball(1.0, -1.0)
+
+
+@pytest.mark.parametrize("name", ["eager", "fused"])
+def test_an_intermediate_that_overflows_says_nothing(name):
+    """Scores of 131072 do not fit float16; dividing them afterwards does not bring them back."""
+    row = Arithmetic(Profile("float16", name)).exact(np.full((1, 8), 128.0))
+    assert np.isinf(((row @ row.swapaxes(0, 1)).stored() / 16.0).rad)
+
+
+def test_a_partial_sum_that_overflows_says_nothing():
+    assert np.isinf(F32.exact(np.array([3e38, 3e38, -3e38, -3e38])).sum(0).rad)
+
+
+def test_flattened_axes_are_one_long_sum():
+    """1600 equal terms added one by one drift further than 40 + 40 roundings."""
+    term = np.float32(0.7071)
+    terms = np.full((40, 40), term)
+    total = np.cumsum(terms.ravel(), dtype=np.float32)[-1]
+    ball = einsum("ij,ij->", F32.exact(terms.astype(np.float64)), np.ones((40, 40)))
+    assert float(gamma(81, U32)) * 1600 * float(term) < abs(float(total) - ball.value) <= ball.rad
+
+
+def test_an_axis_that_broadcasts_counts_its_terms():
+    one, other = F32.exact(np.ones((2, 1))), F32.exact(np.ones((5, 3)))
+    assert (einsum("ij,jk->ik", other.swapaxes(0, 1), one.reshape(1, 2)).rad >= float(gamma(6, U32)) * 5).all()
+
+
+def test_constants_are_written_in_the_working_format():
+    x, c = Draw("constant").dense(50) + 1.5, 1.3
+    ball = F32.exact(x.astype(np.float32).astype(np.float64)) * c
+    assert (np.abs((x.astype(np.float32) * np.float32(c)).astype(np.float64) - ball.value) <= ball.rad).all()
+    assert not F32.exact(0.375).rad and not F32.exact(-np.inf).rad and F32.exact(0.1).rad > 0
+    # NumPy's float16 arrays meet a Python number in float16.
+    half = Arithmetic(Profile("float16", "eager"))
+    assert half.exact(0.1).rad >= abs(float(np.float16(0.1)) - 0.1) and np.isinf(half.exact(1e5).rad)
+    assert not Arithmetic(Profile("float16")).exact(2049.0).rad < half.exact(2049.0).rad == 0
+
+
+def test_double_precision_underflows_too():
+    """Weights below the smallest normal double: a right softmax is off by part of the spacing."""
+    scores = np.array([0.0, *np.linspace(-745.0, -700.0, 91)])
+    ball = softmax(Arithmetic(Profile("float64", "strict", "A64"), True).exact(scores), np.ones(92, bool)).finished()
+    weights = np.exp(scores) / np.exp(scores).sum()
+    assert (np.abs(weights - ball.value) <= ball.rad).all() and ball.rad.min() > 0
+
+
+@pytest.mark.parametrize("digits", [False, True])
+def test_logistic_functions_far_below_zero(digits):
+    """(1 + tanh(x / 2)) / 2 cancels there, and so would the radius."""
+    x = np.array([-5.0, -6.375, -20.0, -36.0, -38.0, -80.0])
+    arithmetic = Arithmetic(Profile("float64", "strict", "A64"), digits)
+    right = np.exp(x) / (1 + np.exp(x))
+    for function, expected in ((budget.sigmoid, right), (budget.silu, x * right)):
+        ball = function(arithmetic.exact(x)).finished()
+        assert (np.abs(expected - ball.value) <= ball.rad).all()
+        assert (ball.rad <= 1e-13 * np.abs(expected)).all()
+
+
+def every(dtype, limit):
+    """Every number of a 16-bit format up to `limit`."""
+    words = np.arange(1 << 16, dtype=np.uint16)
+    values = words.view({"float16": np.float16, "bfloat16": ml_dtypes.bfloat16}[dtype]).astype(np.float64)
+    return values[np.abs(values) <= limit][::7]
+
+
+@pytest.mark.parametrize(("dtype", "limit"), [("bfloat16", 60.0), ("float16", 16.0)])
+def test_an_eager_logistic_inside_a_chain(dtype, limit):
+    """Exponential, sum, quotient and product each rounded; exp(16) overflows float16, the quotient underflows."""
+    x = every(dtype, limit)
+
+    def keep(v):
+        return round_to(np.asarray(v, np.float64), dtype)
+
+    arithmetic = Arithmetic(Profile(dtype, "eager"), digits=True)
+    small = keep(np.exp(-np.abs(x)))
+    naive, stable = keep(1 / keep(1 + keep(np.exp(-x)))), keep(np.where(x >= 0, 1.0, small) / keep(1 + small))
+    gate, gated = budget.sigmoid(arithmetic.exact(x)), budget.silu(arithmetic.exact(x))
+    for formed in (naive, stable):
+        assert (np.abs(formed - gate.value) <= gate.rad).all()
+        assert (np.abs(keep(x * formed) - gated.value) <= gated.rad).all()
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_an_eager_power_by_exponential_and_logarithm(dtype):
+    x = every(dtype, 16.0)
+    x = x[x > 2.0**-9]
+
+    def keep(v):
+        return round_to(np.asarray(v, np.float64), dtype)
+
+    for exponent in (0.5, 2.0):
+        ball = budget.power(Arithmetic(Profile(dtype, "eager")).exact(x), exponent).finished()
+        assert (np.abs(keep(np.exp(keep(exponent * keep(np.log(x))))) - ball.value) <= ball.rad).all()
+
+
+def test_a_power_permits_a_libm_logarithm():
+    """4 ulp of a logarithm are 8 u of the exponent, which the exponential multiplies by its size."""
+    x = 1e-30
+    ball = budget.power(F32.exact(np.array(x)), 1.0)
+    assert abs(np.exp(np.log(x) * (1 + 8 * U32)) - x) <= ball.rad
+
+
+def test_softmax_counts_both_exponentials():
+    """Every exponential 8 u off, the numerator's one way and the others' the other way."""
+    scores = np.zeros(2)
+    off = (1 + 8 * U32) / ((1 + 8 * U32) + (1 - 8 * U32)), 1 / (1 + (1 - 16 * U32) * (1 - U32) ** 6)
+    ball = softmax(F32.exact(scores), np.ones(2, bool))
+    assert all(abs(o - 0.5) <= ball.rad[0] for o in off) and ball.rad[0] >= 0.5 * float(gamma(2 + 6 + 16, U32)) * 0.999

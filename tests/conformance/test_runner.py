@@ -177,3 +177,78 @@ def test_ops_prints_a_stub_that_can_be_filled_in(tmp_path):
     body = "return x / np.sqrt((x * x).mean(-1, keepdims=True) + epsilon)"
     (tmp_path / "mine.py").write_text(text.replace("raise NotImplementedError  # return y", body))
     assert command("check", f"python:{tmp_path / 'mine.py'}", "--examples=0", "--dtype=float64").returncode in (0, 1)
+
+
+def test_a_file_may_hold_dataclasses_of_postponed_types(tmp_path):
+    text = "from __future__ import annotations\nfrom dataclasses import dataclass\n@dataclass\nclass A:\n    x: int\n"
+    (tmp_path / "mine.py").write_text(text + RIGHT + "__version__ = (1, 2)\n")
+    assert load(f"python:{tmp_path / 'mine.py'}")[0].version == "(1, 2)"
+
+
+@pytest.mark.parametrize("profile", ["['float32']", "{}", "None"])
+def test_a_profile_that_is_no_table_says_so(tmp_path, profile):
+    (tmp_path / "bad.py").write_text(f"IMPLEMENTS = {{'norm.rms_norm': len}}\nPROFILE = {profile}\n")
+    with pytest.raises(AdapterError, match="expected PROFILE"):
+        load(f"python:{tmp_path / 'bad.py'}")
+
+
+def test_a_file_that_leaves_while_it_is_imported_is_refused(tmp_path):
+    (tmp_path / "bad.py").write_text("import sys\nsys.exit(0)\n")
+    with pytest.raises(AdapterError, match="SystemExit"):
+        load(f"python:{tmp_path / 'bad.py'}")
+
+
+def test_leaving_with_status_0_is_not_success(tmp_path):
+    (tmp_path / "leave.py").write_text("import sys\nIMPLEMENTS = {'norm.rms_norm': lambda **_: sys.exit(0)}\n")
+    assert command("check", f"python:{tmp_path / 'leave.py'}", "--examples=2", "--dtype=float32").returncode == 1
+
+
+def test_a_process_that_dies_ends_the_run(tmp_path, monkeypatch):
+    (tmp_path / "dies.py").write_text("import os\nIMPLEMENTS = {'norm.rms_norm': lambda **_: os._exit(0)}\n")
+    monkeypatch.setattr(runner, "PARALLEL_FROM", 1)
+    with pytest.raises(AdapterError, match="ended without a verdict"):
+        runner.check(f"python:{tmp_path / 'dies.py'}", examples=0)
+
+
+def test_two_processes_judge_as_one(wrong, monkeypatch):
+    one = runner.check(wrong, dtype="bfloat16", profile="eager", examples=0)
+    monkeypatch.setattr(runner, "PARALLEL_FROM", 1)
+    two = runner.check(wrong, dtype="bfloat16", profile="eager", examples=0)
+    assert one.verdicts == two.verdicts and {v.profile for v in two.verdicts} == {"eager"}
+
+
+def test_an_operator_that_the_corpus_does_not_hold_is_not_green(tmp_path, right):
+    vectors.export(tmp_path / "part", names=["norm.layer_norm"])
+    run = runner.check(right, examples=0, folder=tmp_path / "part")
+    assert not run.ok and run.complaints == ("the corpus has no case of norm.rms_norm",)
+
+
+def test_reports_survive_names_and_messages_of_any_kind(tmp_path):
+    file = tmp_path / "[/red]<b>" / "a\x01[bold].py"
+    file.parent.mkdir(parents=True)
+    name = f"python:{file}"
+    text = "def f(**_):\n    raise ValueError('\\x00 \\udcff \\ufffe <script> [/x]')\n"
+    file.write_text(text + "IMPLEMENTS = {'norm.rms_norm': f}\n")
+    run = runner.check(name, examples=0, dtype="float32")
+    assert "[bold]" in ElementTree.fromstring(report.junit(run))[0][0].get("name")
+    for kind in (report.json_lines, report.junit, report.markdown, lambda r: report.html([r])):
+        report.write(tmp_path / "out", kind(run))
+    assert "<script>" not in (tmp_path / "out").read_text()
+    done = command("check", name, "--examples=0", "--dtype=float32")
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+
+
+def test_repro_of_a_format_that_the_case_has_not_is_not_green(right):
+    done = command("repro", "norm.rms_norm/dense", right, "--dtype", "bfloat16")
+    assert done.returncode == 2 and "not judged" in done.stderr
+
+
+def test_a_report_that_cannot_be_written_says_so(tmp_path, right):
+    (tmp_path / "folder").mkdir()
+    done = command("check", right, "--examples=0", f"--json={tmp_path / 'folder'}")
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+
+
+def test_the_command_of_a_failure_can_be_pasted(tmp_path, wrong):
+    run = runner.check(wrong, examples=0, dtype="float32")
+    assert "'python:a b.py'" in runner.repro_command("python:a b.py", run.failures[0])

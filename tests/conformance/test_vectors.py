@@ -1,5 +1,6 @@
 """The frozen corpus: nothing is added, lost or changed without being seen."""
 
+import hashlib
 import json
 import shutil
 
@@ -168,3 +169,100 @@ def test_an_interrupted_regeneration_leaves_the_corpus_alone(tmp_path, monkeypat
     assert sorted(p.name for p in tmp_path.iterdir()) == before
     vectors.verify(folder)
     shutil.rmtree(folder)
+
+
+def rooted(change):
+    """A change of the manifest whose root was computed anew."""
+
+    def apply(manifest):
+        change(manifest)
+        manifest["sha256"] = vectors._root(manifest["cases"])
+
+    return apply
+
+
+@pytest.mark.parametrize("change", [{"exact": True}, {"dtypes": []}, {"ill_conditioned": True}, {"attributes": {}}])
+def test_what_a_file_is_for_is_part_of_the_root(folder, change):
+    manifest = json.loads((folder / "manifest.json").read_text())
+    entry = next(i for i, e in enumerate(manifest["cases"]) if not e["exact"])
+    edited(folder, lambda m: m["cases"][entry].update(change))
+    with pytest.raises(CorpusError, match="root"):
+        vectors.load(folder)
+
+
+def test_a_case_may_not_stand_twice_in_the_manifest(folder):
+    edited(folder, rooted(lambda m: m["cases"].__setitem__(1, m["cases"][0])))
+    with pytest.raises(CorpusError, match="twice"):
+        vectors.load(folder)
+
+
+def test_a_name_may_not_go_out_and_come_back(folder, tmp_path):
+    """Inside the folder when read; a copy of the corpus would write it beside the target."""
+    edited(folder, rooted(lambda m: m["cases"][0].update(file=f"a/../../corpus/{m['cases'][0]['file']}")))
+    with pytest.raises(CorpusError, match="leaves the corpus"):
+        vectors.export(tmp_path / "copy" / "deep", folder)
+
+
+@pytest.mark.parametrize(
+    "content", ["[]", '{"schema": 1}', '{"schema": 1, "cases": [{}]}', '{"schema": 1, "cases": 3}']
+)
+def test_what_is_not_a_manifest_is_refused(folder, content):
+    (folder / "manifest.json").write_text(content)
+    with pytest.raises(CorpusError, match="not a manifest"):
+        vectors.verify(folder)
+
+
+def test_an_empty_corpus_is_not_a_corpus(folder):
+    edited(folder, rooted(lambda m: m.update(cases=[], operators={}, minimum=0)))
+    with pytest.raises(CorpusError, match="promises 0 cases"):
+        vectors.verify(folder)
+
+
+def test_a_copy_of_nothing_is_refused(folder, tmp_path):
+    with pytest.raises(CorpusError, match="no case of rope"):
+        vectors.export(tmp_path / "copy", folder, ["rope"])
+    assert not (tmp_path / "copy").exists()
+
+
+def replaced(folder, data):
+    """The first file with other content, and a manifest that agrees."""
+    first(folder).write_bytes(data)
+    digest = hashlib.sha256(data).hexdigest()
+    edited(folder, rooted(lambda m: m["cases"][0].update(sha256=digest, bytes=len(data))))
+
+
+def test_a_truncated_file_with_the_right_hash_is_refused(folder):
+    replaced(folder, first(folder).read_bytes()[:-4])
+    with pytest.raises(CorpusError, match="cannot be read"):
+        vectors.load(folder)
+
+
+def test_a_file_without_a_bound_that_it_owes_is_refused(folder):
+    from safetensors.numpy import load, save
+
+    held = load(first(folder).read_bytes())
+    key = next(k for k in held if k.startswith("bound/") and k.endswith("float32-strict"))
+    replaced(folder, save({k: v for k, v in held.items() if k != key}))
+    with pytest.raises(CorpusError, match="no usable bound for float32-strict"):
+        vectors.load(folder)
+    replaced(folder, save(held | {key: np.full_like(held[key], np.nan)}))
+    with pytest.raises(CorpusError, match="no usable bound"):
+        vectors.load(folder)
+
+
+def test_an_exchange_that_stops_half_way_puts_the_old_corpus_back(folder, tmp_path, monkeypatch):
+    fresh = tmp_path / ".vectors-new"
+    shutil.copytree(folder, fresh)
+    (fresh / "new").touch()
+    replace = vectors.os.replace
+
+    def stopped(source, target):
+        if source == fresh:
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    monkeypatch.setattr(vectors.os, "replace", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        vectors._put(fresh, folder)
+    vectors.verify(folder)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".vectors-new", "corpus"]

@@ -1,12 +1,15 @@
 """The judge's own judgement: what must fail fails, what is right passes."""
 
+import sys
+
 import numpy as np
 import pytest
 
 from conformance import vectors
 from conformance.budget import Profile
-from conformance.case import Unsupported
-from conformance.verdict import compare, informative, judge
+from conformance.case import Unsupported, families
+from conformance.law import LawFailed, close
+from conformance.verdict import check_law, compare, informative, judge
 from refimpl.ops import norm
 
 OP = "norm.rms_norm"
@@ -140,3 +143,70 @@ def test_the_worst_element_is_named():
 def test_empty_outputs_compare():
     result = compare([np.zeros((0, 3))], vector_of(np.zeros((0, 3)), np.zeros((0, 3))), F32, exact=False)
     assert result.ok and result.elements == 0
+
+
+@pytest.mark.parametrize(
+    "change", [lambda y: y + 1j, lambda y: y.astype(object), lambda y: y.astype(str), lambda y: None]
+)
+def test_what_is_not_an_array_of_real_numbers_is_no_result(corpus, change):
+    verdict = outcome(corpus, lambda x, epsilon: change(right(x, epsilon)))
+    assert verdict.outcome == "errored" and "real numbers" in verdict.message
+
+
+def test_a_huge_result_is_refused_before_it_is_copied(corpus):
+    verdict = outcome(corpus, lambda x, epsilon: np.broadcast_to(x.flat[0], (1 << 40,)))
+    assert verdict.outcome == "errored" and "larger than any" in verdict.message
+
+
+def test_a_cached_bfloat16_result_fails(corpus):
+    kept = {}
+
+    def cached(x, epsilon):
+        return kept.setdefault("y", right(x, epsilon))
+
+    assert [outcome(corpus, cached, profile=BF16).outcome for _ in range(2)] == ["pass", "logic"]
+
+
+def test_leaving_the_process_is_an_error_of_the_implementation(corpus):
+    """sys.exit(0) must not end the judge with the status of success."""
+    verdict = outcome(corpus, lambda x, epsilon: sys.exit(0))
+    assert verdict.outcome == "errored" and "SystemExit" in verdict.message
+    law = families()["norm"].LAWS[0]
+    assert check_law("x", lambda x, epsilon: sys.exit(0), law, OP, F32, 2).outcome == "errored"
+    with pytest.raises(KeyboardInterrupt):
+        outcome(corpus, interrupted)
+
+
+def interrupted(x, epsilon):
+    raise KeyboardInterrupt
+
+
+def test_the_error_state_of_numpy_is_put_back(corpus):
+    def strict(x, epsilon):
+        np.seterr(all="raise")
+        return right(x, epsilon)
+
+    before = np.geterr()
+    assert outcome(corpus, strict).outcome == "pass" and np.geterr() == before
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_no_law_takes_nan_or_infinity_for_an_agreement(value):
+    laws = [law for law in families()["norm"].LAWS if OP in law.operators]
+    found = {
+        law.name: check_law("x", lambda x, epsilon: np.full_like(x, value), law, OP, F32, 5).outcome for law in laws
+    }
+    assert set(found.values()) == {"logic"}, found
+
+
+def test_an_unknown_tolerance_says_nothing():
+    case = next(iter(vectors.cases([OP])))
+    close("law", case, [1.0, np.nan, 3.0], [2.0, 2.0, 3.0], [np.nan, np.inf, 0.0])
+    for actual in (1.0, np.nan, np.inf):
+        with pytest.raises(LawFailed):
+            close("law", case, [actual], [2.0], [0.5])
+
+
+def test_a_nan_is_not_called_inexact():
+    result = compare([np.array([np.nan])], vector_of([1.0], [0.1]), F32, exact=False)
+    assert "exactly" not in result.message and "beyond any bound" in result.message
