@@ -108,8 +108,8 @@ def run(implementation: Function, case: Case, **changes: Any) -> tuple[Output, .
         strange = ~np.isfinite(value) & np.isfinite(ball.value) & np.isfinite(ball.rad)
         if strange.any():
             raise LawFailed(
-                f"{case.op} case {case.name} ({case.profile}): {name} has {int(strange.sum())} elements are NaN or "
-                "infinite, numbers are expected"
+                f"{case.op} case {case.name} ({case.profile}): {name} is NaN or infinite in {int(strange.sum())} of "
+                f"{strange.size} elements where numbers are expected"
             )
         made.append(Output(value, ball.rad))
     if len(outputs) != len(expected):

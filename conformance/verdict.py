@@ -141,7 +141,7 @@ def judge(implementation: str, function: Function, vector: Vector, declared: Pro
     except LawFailed as fault:
         return replace(verdict, outcome="logic", ratio=np.inf, message=str(fault).partition(": ")[2])
     except Exception as error:
-        return replace(verdict, outcome="errored", message=f"{type(error).__name__}: {error}")
+        return replace(verdict, outcome="errored", message=_told(error))
     result = compare(outputs, vector, profile, exact=case.exact)
     verdict = replace(
         verdict,
@@ -159,6 +159,11 @@ def judge(implementation: str, function: Function, vector: Vector, declared: Pro
             named = "the bound, but not bit for bit" if other == str(profile) else other
             return replace(verdict, outcome="precision", message=f"{result.message} (passes {named})")
     return replace(verdict, outcome="logic")
+
+
+def _told(error: Exception) -> str:
+    """What was raised, as text that every terminal and file can hold."""
+    return f"{type(error).__name__}: {error}".encode("utf-8", "backslashreplace").decode()
 
 
 def diagnose(failures: Sequence[tuple[Verdict, Vector]]) -> tuple[Mutant, ...]:
@@ -207,6 +212,7 @@ def _equals(mutant: Function, verdict: Verdict, vector: Vector) -> bool:
 def check_law(implementation: str, function: Function, law: Any, op: str, profile: Profile, examples: int) -> Verdict:
     """Run one law on drawn cases, derandomised; a failure carries the shrunk counter-example."""
     from hypothesis import HealthCheck, Phase, given, settings
+    from hypothesis.errors import FlakyFailure
 
     from conformance.strategies import of
 
@@ -236,11 +242,15 @@ def check_law(implementation: str, function: Function, law: Any, op: str, profil
         holds()
     except LawFailed as fault:
         return replace(verdict, outcome="logic", message=f"{fault}. Smallest case: {describe(seen[-1])}")
+    except FlakyFailure as flaky:
+        first = "; ".join(map(_told, flaky.exceptions))
+        text = f"not the same twice: a case failed once and passed when it was repeated: {first}"
+        return replace(verdict, outcome="logic", message=f"{text}. Case: {describe(seen[-1])}")
     except Exception as error:
         return replace(
             verdict,
             outcome="errored",
-            message=f"{type(error).__name__}: {error}. Case: {describe(seen[-1]) if seen else '-'}",
+            message=f"{_told(error)}. Case: {describe(seen[-1]) if seen else '-'}",
         )
     if seen and len(declined) == len(seen):
         return replace(verdict, outcome="skipped", message=declined[0])

@@ -19,12 +19,16 @@ class AdapterError(ValueError):
 
 @dataclass(frozen=True)
 class Implementation:
-    """Functions by operator name, under one declared precision. What is not in `functions` is not claimed."""
+    """Functions by operator name, under one declared precision. What is not in `functions` is not claimed.
+
+    laws: False leaves this one to the vectors, where a sibling that differs in the order of sums only has the laws.
+    """
 
     name: str
     functions: Mapping[str, Function] = field(repr=False)
     profile: Profile
     version: str = ""
+    laws: bool = True
 
 
 # Command-line name -> (module of this folder, extra that installs what it adapts).

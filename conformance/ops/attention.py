@@ -391,6 +391,7 @@ def _layer_cases() -> list[Case]:
     add("no-bias", "C1", None, (np.arange(3), some), bias=False)
     add("masked", "C2", keys, (np.array([[3, 1, 2], [9, 0, 4]]), counted), poison=True)
     add("half-split", "C4", None, (np.arange(3), some), layout="half_split")
+    add("grouped-half-split", "C2 C4", None, (np.arange(3), some), heads=2, groups=1, layout="half_split")
     add("base-500", "C4", None, (np.arange(3), some), base=500.0)
     add("long", "C4", None, (np.array([4099, 5000, 4096]), np.array([4098, 4097, 5001, 4095, 4100])))
     return cases
@@ -754,7 +755,7 @@ def strategy(function: str, profile: Profile) -> st.SearchStrategy[Case]:
     """Grouped heads, every kind of mask, positions up to 50 in any order, each kernel."""
     # The first choice is what shrinking tends to: one that still tells faults apart.
     small = {"b": st.sampled_from([1, 2]), "n": st.sampled_from([2, 3, 4, 1]), "m": st.sampled_from([2, 3, 5, 4, 1])}
-    grouping = st.sampled_from([(2, 2), (4, 2), (6, 2), (6, 3), (3, 1), (1, 1)])
+    grouping = st.sampled_from([(2, 2), (4, 2), (2, 1), (6, 2), (6, 3), (3, 1), (1, 1)])
     kinds = st.sampled_from(["none", "keys", "full", "shared"])
     options = {
         "kernel": st.sampled_from(["softmax", "softmax_plus_16", "squared_relu_visible", "squared_relu_1", "laplace"]),
@@ -860,7 +861,7 @@ def _layer(
     split: Callable[[np.ndarray, int], np.ndarray] | None = None, mask_of: Callable[[Any], Any] = lambda mask: mask,
     place_q: Callable[[Any], Any] = lambda p: p, place_k: Callable[[Any], Any] = lambda p: p,
     base_of: Callable[[float], float] = float,
-    values_too: bool = False, drop: tuple[str, ...] = (), share: Any = None, layout_of: dict[str, str] | None = None,
+    values_too: bool = False, drop: tuple[str, ...] = (), layout_of: dict[str, str] | None = None,
     rotate_whole: bool = False, merge: Callable[[np.ndarray], np.ndarray] | None = None,
 ) -> Function:  # fmt: skip
     """A layer with one fault."""
@@ -890,8 +891,7 @@ def _layer(
             v = np_rotate(v if v.shape[-1] % 2 == 0 else np.pad(v, [(0, 0)] * 3 + [(0, 1)]), places[1], base, layout)[
                 ..., : v.shape[-1]
             ]
-        more = {} if share is None else {"share": share}
-        o = np_attend(q, k, v, mask_of(at["mask"]), at["kernel"], scale(width, heads), **more)
+        o = np_attend(q, k, v, mask_of(at["mask"]), at["kernel"], scale(width, heads))
         return dense(merge(o) if merge else o.reshape(*o.shape[:2], -1), "o")
 
     return call
@@ -1013,6 +1013,22 @@ def _coarse(x: np.ndarray) -> np.ndarray:
     return round_to(x, "bfloat16")
 
 
+def _converted(**at: Any) -> np.ndarray:
+    """A half_split layer run as an interleaved one on permuted columns; grouped keys are cut into the wrong heads."""
+    heads, width = at["heads"], at["w_q"].shape[1] // at["heads"]
+    groups = at["w_k"].shape[1] // width
+    assumed = heads // groups if heads != groups else heads
+
+    def moved(t: Any, count: int) -> Any:
+        whole = t is not None and t.shape[-1] % (2 * count) == 0
+        return t.reshape(*t.shape[:-1], count, 2, -1).swapaxes(-1, -2).reshape(t.shape) if whole else t
+
+    if at["layout"] == "half_split":
+        changes = {n: moved(at[n], heads if n.endswith("q") else assumed) for n in ("w_q", "b_q", "w_k", "b_k")}
+        at = {**at, **changes, "layout": "interleaved"}
+    return _layer(cross=True)(**at)
+
+
 MUSEUM = (
     _mutant("causal_mask", "aligned at the start: a query after cached keys sees none of the later ones",
             lambda n, m: np.tri(n, m, dtype=bool), "https://github.com/onnx/onnx/issues/8054"),
@@ -1031,6 +1047,6 @@ MUSEUM = (
     _mutant("multi_head_attention", "left padding is not masked: only the keys after the real tokens are hidden",
             _layer(mask_of=_left_seen),
             "https://github.com/Blaizzy/mlx-vlm/pull/1946"),
-    _mutant("cross_attention", "key heads are permuted as if there were as many as query heads per group",
-            _layer(cross=True, share=_tiled), "https://github.com/ggml-org/llama.cpp/pull/3364"),
+    _mutant("cross_attention", "keys are brought from half_split to interleaved in heads / groups heads, not in groups",
+            _converted, "https://github.com/ggml-org/llama.cpp/pull/3364"),
 )  # fmt: skip

@@ -324,7 +324,7 @@ def log_weight_slope(implementation: Function, case: Case) -> None:
 
 
 def signs_split_the_square(implementation: Function, case: Case) -> None:
-    """w(s) + w(-s) = s² / N and w(s) w(-s) = 0, N the length that the function names."""
+    """w(s) + w(-s) = s² / N, and one of the two is exactly 0; N is the length that the function names."""
     scores, mask = case["scores"], _mask_of(case)
     one, two = run(implementation, case)[0], run(implementation, case, scores=-scores)[0]
     if case.op.endswith("visible"):
@@ -334,7 +334,7 @@ def signs_split_the_square(implementation: Function, case: Case) -> None:
     expected = np.where(mask, scores**2, 0.0) / length
     radius = one.radius + two.radius + 2.0**-50 * expected
     close("signs_split_the_square", case, one.value + two.value, expected, radius)
-    equal("signs_split_the_square", case, one.value * two.value, np.zeros(scores.shape))
+    equal("signs_split_the_square", case, np.minimum(one.value, two.value), np.zeros(scores.shape))
 
 
 def doubling_scores_quadruples_weights(implementation: Function, case: Case) -> None:

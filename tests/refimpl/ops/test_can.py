@@ -15,7 +15,9 @@ LN = np.log
 
 
 def golden(pattern):
-    return pytest.mark.parametrize("path", sorted(GOLDEN.glob(pattern)), ids=lambda p: p.stem)
+    paths = sorted(GOLDEN.glob(pattern))
+    assert paths, f"no {pattern} in {GOLDEN}"
+    return pytest.mark.parametrize("path", paths, ids=lambda p: p.stem)
 
 
 def both(confident, uncertain, prior, *, alpha=1.0, iterations=1):
