@@ -533,8 +533,9 @@ def relu(x: Ball) -> Ball:
 def softmax(scores: Ball, mask: np.ndarray) -> Ball:
     """Masked softmax over the last axis; masked weights and fully masked rows are exactly 0.
 
-    Relative radius of a weight: expm1(2 max e) + 2 u |a - max a| + gamma_(n+6)(u) + 16 u (two exponentials), e the
-    radius of the visible scores; |a - max a| of the weight itself, or of the mean weight in the sum if that is larger.
+    Relative radius of a weight: expm1(2 max e) + 2 u (|a| + |max a|) + gamma_(n+6)(u) + 16 u (two exponentials), e the
+    radius of the visible scores; |a| of the weight itself, or of the mean weight in the sum if that is larger. The
+    magnitudes, not their difference: exp2(a c - max a c) and exp(a - logsumexp) round before they subtract.
     """
     arithmetic = scores.arithmetic
     mask = np.broadcast_to(mask, scores.shape)
@@ -542,7 +543,7 @@ def softmax(scores: Ball, mask: np.ndarray) -> Ball:
     value = np.where(mask, scores.value, -np.inf)
     with np.errstate(invalid="ignore"):
         top = np.where(visible, value.max(axis=-1, keepdims=True, initial=-np.inf), 0.0)
-        distance = np.where(mask, np.abs(value - top), 0.0)
+        distance = np.where(mask, np.abs(value) + np.abs(top), 0.0)
     zero = scores._coerce(0.0).mid
     shifted = np.where(mask, scores.mid - np.where(visible, scores._coerce(top).mid, zero), zero)
     weights = _mp(MP.exp, shifted) if shifted.dtype == object else np.exp(shifted)

@@ -257,6 +257,8 @@ def ops(
             console.print(f"[bold]{op}[/bold]\n")
             console.print(escape(textwrap.indent(inspect.cleandoc(stub.documentation(op)), "  ")), soft_wrap=True)
             console.print(_arguments(op))
+        for family in dict.fromkeys(op.partition(".")[0] for op in chosen):
+            console.print(escape(f"{stub.conventions(family)}\n"), soft_wrap=True)
         text = stub.adapter(chosen)
         if write:
             report.write(write, text)
@@ -284,7 +286,7 @@ def _matrix() -> Table:
 
 def _arguments(op: str) -> Table:
     table = Table(title=f"{op}: arguments and results of a case", title_justify="left")
-    for column in ("name", "kind", "shape in the first cases"):
+    for column in ("name", "kind", "shapes or values in the cases"):
         table.add_column(column)
     for row in stub.rows(op):
         table.add_row(*row)

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from conformance.case import OPERATORS, Case, cases
+from conformance.case import OPERATORS, Case, cases, families, reference
 
 
 def documentation(op: str) -> str:
@@ -29,10 +29,20 @@ def rows(op: str) -> list[tuple[str, str, str]]:
     made = []
     for name in OPERATORS()[op].parameters:
         values = [c.arguments[name] for c in samples if name in c.arguments]
-        made.append((name, _kind(values), "  ".join(dict.fromkeys(_shape(v) for v in values[:12]))[:70]))
+        arrays = any(isinstance(v, np.ndarray) for v in values)
+        # Of an array some shapes, of anything else every value that a case has.
+        shown = list(dict.fromkeys(_shape(v) for v in values))
+        made.append((name, _kind(values), "  ".join(shown[: 6 if arrays else 14])))
+    first = reference(samples[0]) if OPERATORS()[op].observe is None else {}
     for name in OPERATORS()[op].outputs:
-        made.append((f"-> {name}", "result", ""))
+        shape = _shape(first[name].value) + " in the first case" if name in first else ""
+        made.append((f"-> {name}", "result", shape))
     return made
+
+
+def conventions(op: str) -> str:
+    """What the family's cases mean by their names and layouts."""
+    return inspect.getdoc(families()[op.partition(".")[0]]) or ""
 
 
 def _kind(values: list[Any]) -> str:

@@ -83,7 +83,7 @@ def unit_paper(
     _need(positions is None, "GAU has no rotation")
     _need(bias is None, "GAU divides a given bias by the length as well")
     _need(mask is None or mask.shape[-2] == 1 or mask.ndim == 2, "GAU masks keys only")
-    _need(kernel in ("squared_relu", "laplace"), "has squared ReLU and Laplace only")
+    _need(kernel in ("squared_relu_1", "laplace"), "has squared ReLU and Laplace only")
     s = gamma_q.shape[0]
     module = _built("GAU", x, w_out, s, zeroed=zeroed, laplace_attn_fn=kernel == "laplace", add_residual=False)
     zero = np.zeros_like(gamma_q)

@@ -1,7 +1,8 @@
 """Judging attention: masks, positions, multi-head and grouped attention, projections with rotary positions.
 
-A case names its kernel: softmax, softmax_plus_16 (n_min 16), squared_relu_visible, squared_relu_1 (length 1), laplace;
-and its rotation: interleaved or half_split, with positions (None: not rotated) and the base of the frequencies.
+A case names its kernel: softmax, softmax_plus_16 (n_min 16), squared_relu_visible, squared_relu_1 (length 1), laplace,
+all of attention_kernel; and its rotation: interleaved or half_split, with positions (None: not rotated) and the base of
+the frequencies.
 """
 
 from __future__ import annotations

@@ -1,6 +1,8 @@
 """Judging gau: the gated attention unit of Su and of the FLASH paper, as self and cross attention, with its blocks.
 
-Kernels and rotations are named as in conformance.ops.attention.
+A case names its kernel: softmax, softmax_plus_16 (n_min 16), squared_relu_visible, squared_relu_1 (length 1), laplace,
+all of attention_kernel; and its rotation: interleaved or half_split, with positions (None: not rotated) and the base of
+the frequencies.
 """
 
 from __future__ import annotations
@@ -272,6 +274,12 @@ def _unit_cases(function: str, **fixed: Any) -> list[Case]:
         add("beyond-2-17", placed, None, np.array([200003, 200001, 200017, 262143, 200000]), b=1, angle="A64")
     if "length" in fixed:
         add("length-512", plain, None, np.arange(5), length=512, additive=True)
+    if function == "unit_paper":
+        add("own-length", plain, None, None, length=5)
+        # Three of five keys are real: an implementation that divides by the length of the array shows.
+        three = np.broadcast_to(np.arange(5) < 3, (2, 1, 5))
+        add("real-length", "C1", three, None, length=3, poison=True)
+        add("real-length-laplace", "C1", three, None, length=3, kernel="laplace")
     if "epsilon" in fixed:
         add("near-epsilon", plain, None, np.arange(5), epsilon=0.25)
     return cases

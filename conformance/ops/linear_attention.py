@@ -1,4 +1,8 @@
-"""Judging linear attention: one dense reference for the recurrent, quadratic, chunked and bidirectional forms."""
+"""Judging linear attention: one dense reference for the recurrent, quadratic, chunked and bidirectional forms.
+
+q, k (b, n, h, d), v (b, n, h, e); log_decay (b, n, h) or (b, n, h, d); mask (b, n), True = a real token; cu_seqlens
+(documents + 1,) with b = 1, where initial and final states are one per document. None means absent. `normalised`
+names the form that it runs."""
 
 from __future__ import annotations
 

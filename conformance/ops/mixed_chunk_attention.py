@@ -1,7 +1,10 @@
 """Judging mixed_chunk_attention: FLASH, chunked quadratic plus linear attention.
 
 Everything stands on the dense definition: two matrices say which key a row reads quadratically (`near`) and which
-linearly (`far`), and two vectors say by what either sum is divided.
+linearly (`far`), and two vectors say by what either sum is divided. A case names its kernel (squared_relu, not divided
+by a length; laplace; softmax; identity), its normaliser (su, paper, lucidrains, lucidrains_causal, unnormalised,
+visible), how documents are kept apart (None, same_document, overlapping_chunks), and in `unit` the mix (bidirectional,
+causal, causal_strict), the layout of the rotation and the rows of gamma for (q_quad, k_quad, q_lin, k_lin).
 """
 
 from __future__ import annotations
@@ -505,6 +508,14 @@ def _unit_cases() -> Iterator[Case]:
         bias=Draw(f"{UNIT}/paper/bias").grid(3, 3, low=-64, high=64),
     )  # fmt: skip
     yield case("lucidrains", "C1", "bidirectional", 1, 7, 3, normaliser="lucidrains", rows=mca.ROWS_LUCIDRAINS)
+    yield case(
+        "lucidrains-causal", "C1", "causal", 2, 11, 4, normaliser="lucidrains_causal", rows=mca.ROWS_LUCIDRAINS,
+        kernel="laplace",
+    )  # fmt: skip
+    yield case(
+        "lucidrains-masked", "C2", "bidirectional", 3, 11, 4, normaliser="lucidrains", rows=mca.ROWS_LUCIDRAINS,
+        key_mask=PADDED[[0, 1, 3]], positions=None, base=None,
+    )  # fmt: skip
     yield case("not-rotated", "C1 C3", "causal", 1, 7, 3, positions=None, base=None)
     yield case("no-bias", "C3", "bidirectional", 1, 7, 3, b_in=None, b_out=None)
     yield case(
