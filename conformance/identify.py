@@ -515,13 +515,18 @@ def functions(adapter: str) -> dict[str, Function]:
         return {name: _given_base(found)}
     made: dict[str, Function] = {}
     for implementation in load(adapter):
-        target = storage_type(implementation.profile.dtype)
         for op, function in implementation.functions.items():
-            for name, options in _bound(op):
-                made.setdefault(name, partial(_judged, function, target, options))
+            for name, bound in rotations(op, function, implementation.profile.dtype).items():
+                made.setdefault(name, bound)
     if not made:
         raise AdapterError(f"identify: {adapter} claims no rope.rotate_* operator")
     return made
+
+
+def rotations(op: str, function: Function, dtype: str) -> dict[str, Function]:
+    """The functions of (x, positions) behind a judged operator, by name; none where it does not rotate."""
+    target = storage_type(dtype)
+    return {name: partial(_judged, function, target, options) for name, options in _bound(op)}
 
 
 def _given_base(function: Function) -> Function:

@@ -179,12 +179,12 @@ class _Judging:
         cases = [v for v in self.vectors if v.case.op == op and profile.dtype in v.case.dtypes]
         made = [judge(implementation.name, function, v, profile) for v in cases]
         failed = [i for i, v in enumerate(made) if v.failed]
-        bugs = diagnose([(made[i], cases[i]) for i in failed])
+        bugs = diagnose(list(zip(made, cases, strict=True)))
         # One fault of logic explains the cases that it moves only a little.
-        logic = any(made[i].outcome == "logic" for i in failed) or any(not b.precision for b in bugs)
+        logic = any(made[i].outcome == "logic" for i in failed) or any(not bug.precision for bug, _ in bugs)
         for i in failed:
             outcome = "logic" if logic and made[i].outcome == "precision" else made[i].outcome
-            made[i] = replace(made[i], equals=tuple(map(str, bugs)), outcome=outcome)
+            made[i] = replace(made[i], equals=tuple(text for _, text in bugs), outcome=outcome)
         if self.examples and implementation.laws:
             # Where the vectors show too little precision and no fault of logic, a broken law shows the same.
             coarse = bool(failed) and all(made[i].outcome == "precision" for i in failed)

@@ -166,16 +166,25 @@ def _told(error: Exception) -> str:
     return f"{type(error).__name__}: {error}".encode("utf-8", "backslashreplace").decode()
 
 
-def diagnose(failures: Sequence[tuple[Verdict, Vector]]) -> tuple[Mutant, ...]:
-    """Known bugs of one operator whose output equals the implementation's on every failing case."""
-    compared = [(v, vector) for v, vector in failures if v.outputs]
-    if not compared:
+def diagnose(judged: Sequence[tuple[Verdict, Vector]]) -> tuple[tuple[Mutant, str], ...]:
+    """Known bugs of one operator whose output is the implementation's, each with a text that says how sure that is.
+
+    A bug is named when it gives the same output on every failing case (or on two thirds of at least three, where no
+    bug fits all); among those that do, the ones that agree on the most passing cases.
+    """
+    failing = [(v, vector) for v, vector in judged if v.outputs and v.failed]
+    passing = [(v, vector) for v, vector in judged if v.outputs and not v.failed]
+    if not failing:
         return ()
-    return tuple(
-        mutant
-        for mutant in mutants(compared[0][0].op)
-        if all(_equals(mutant.call, verdict, vector) for verdict, vector in compared)
-    )
+    known = list(mutants(failing[0][0].op))
+    fits = [sum(_equals(m.call, v, vector) for v, vector in failing) for m in known]
+    most = max(fits, default=0)
+    if most < len(failing) and (len(failing) < 3 or 3 * most < 2 * len(failing)):
+        return ()
+    named = [m for m, fit in zip(known, fits, strict=True) if fit == most]
+    agree = [sum(_equals(m.call, v, vector) for v, vector in passing) for m in named]
+    share = "" if most == len(failing) else f", on {most} of {len(failing)} failing cases"
+    return tuple((m, f"{m}{share}") for m, a in zip(named, agree, strict=True) if a == max(agree))
 
 
 def _equals(mutant: Function, verdict: Verdict, vector: Vector) -> bool:

@@ -1,7 +1,7 @@
 """Judging rope: frequencies and their scalings, angles, the four rotations, permutations between the layouts.
 
-Rotations take x (b, n, h, d), positions (n,) or (b, n) and the base: an implementation forms its own angles, so that their
-precision is judged as well. rotary_width counts the features that turn."""
+Rotations take x (b, n, h, d), positions (n,) or (b, n) and the base: an implementation forms its own angles, so that
+their precision is judged as well. rotary_width counts the features that turn."""
 
 from __future__ import annotations
 
