@@ -308,6 +308,7 @@ MUTANTS = (
     Mutant(RMS, "divided by d - 1", _length_minus_one),
     Mutant(RMS, "last feature left out of the mean", _last_feature_left_out),
     Mutant(RMS, "0/0 for a row of zeros", lambda x, epsilon: x / np.sqrt(_power(x) + epsilon)),
+    Mutant(SCALED, "0/0 for a row of zeros", lambda x, scale, epsilon: x / np.sqrt(_power(x) + epsilon) * scale),
     Mutant(RMS, "mean of magnitudes", lambda x, epsilon: x / (np.abs(x).mean(axis=-1, keepdims=True) + epsilon)),
     Mutant(RMS, "divided by the mean square", lambda x, epsilon: x / (_power(x) + epsilon)),
     Mutant(RMS, "root clamped at epsilon", lambda x, epsilon: x / np.maximum(np.sqrt(_power(x)), max(epsilon, 1e-300))),

@@ -135,4 +135,4 @@ def test_a_wrong_layer_is_named():
     function = mutant("attention.multi_head_attention", "keys are not rotated")
     wrong = verdict.judge("mine", function, found, Profile("float64", "strict", "A64"))
     assert wrong.outcome == "logic"
-    assert "keys are not rotated" in [m.bug for m in verdict.diagnose([(wrong, found)])]
+    assert "keys are not rotated" in [m.bug for m, _ in verdict.diagnose([(wrong, found)])]

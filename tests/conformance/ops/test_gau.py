@@ -149,4 +149,4 @@ def test_a_wrong_unit_is_named():
     found = vector("gau.unit/no-bias")
     wrong = verdict.judge("mine", mutant("gau.unit", "divided by s, not"), found, Profile("float64", "strict", "A64"))
     assert wrong.outcome == "logic"
-    assert "divided by s, not by its root" in [m.bug for m in verdict.diagnose([(wrong, found)])]
+    assert "divided by s, not by its root" in [m.bug for m, _ in verdict.diagnose([(wrong, found)])]
