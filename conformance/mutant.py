@@ -80,6 +80,6 @@ def kills(mutant: Mutant, vectors: list[Vector], profile: Profile, examples: int
         for law in module.LAWS
         if examples
         and mutant.op in law.operators
-        and check_law("mutant", in_storage, law, mutant.op, profile, examples).failed
+        and check_law("mutant", in_storage, law, mutant.op, profile, examples, shrink=False).failed
     ]
     return Kill(mutant, tuple(by_vectors), tuple(by_laws))

@@ -218,8 +218,10 @@ def _equals(mutant: Function, verdict: Verdict, vector: Vector) -> bool:
     return True
 
 
-def check_law(implementation: str, function: Function, law: Any, op: str, profile: Profile, examples: int) -> Verdict:
-    """Run one law on drawn cases, derandomised; a failure carries the shrunk counter-example."""
+def check_law(
+    implementation: str, function: Function, law: Any, op: str, profile: Profile, examples: int, *, shrink: bool = True
+) -> Verdict:
+    """Run one law on drawn cases, derandomised; a failure carries the counter-example, the smallest with `shrink`."""
     from hypothesis import HealthCheck, Phase, given, settings
     from hypothesis.errors import FlakyFailure
 
@@ -235,7 +237,7 @@ def check_law(implementation: str, function: Function, law: Any, op: str, profil
         database=None,
         deadline=None,
         suppress_health_check=list(HealthCheck),
-        phases=[Phase.generate, Phase.shrink],
+        phases=[Phase.generate, Phase.shrink] if shrink else [Phase.generate],
         report_multiple_bugs=False,
     )
     @given(of(op, profile))
