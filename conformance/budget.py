@@ -301,6 +301,10 @@ class Ball:
     def mean(self, axis: int = -1, *, keepdims: bool = False) -> Ball:
         return self.sum(axis, keepdims=keepdims) / float(self.shape[axis])
 
+    def rounded(self, roundings: int) -> Ball:
+        """The value after more roundings of the working precision, which another form of the formula makes."""
+        return self._like(self.mid, self.rad + gamma(roundings, self.arithmetic.unit) * self.magnitude)
+
     def stored(self) -> Ball:
         """An intermediate that a fused 16-bit kernel may keep in the storage format: one more rounding there."""
         profile = self.arithmetic.profile

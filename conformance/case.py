@@ -157,8 +157,14 @@ def reference(case: Case, *, digits: bool = False, blur: float = 0.0) -> dict[st
         balls = as_tuple(operator.reference(arithmetic, **arguments))
         if len(balls) != len(operator.judged):
             raise TypeError(f"{case.op}: the reference gives {len(balls)} results, expected {operator.judged}")
-        finished = [b.finished() if isinstance(b, Ball) else _discrete(arithmetic, b) for b in balls]
+        finished = [_sayable(b).finished() if isinstance(b, Ball) else _discrete(arithmetic, b) for b in balls]
     return dict(zip(operator.judged, finished, strict=True))
+
+
+def _sayable(ball: Ball) -> Ball:
+    """Where the radius is lost the midpoint may be NaN as well; a NaN with a radius of 0 is a defined result."""
+    lost = ~np.isfinite(ball.rad)
+    return Ball(np.where(lost & np.isnan(ball.value), 0.0, ball.mid), np.where(lost, np.inf, ball.rad), ball.arithmetic)
 
 
 def _discrete(arithmetic: Arithmetic, values: Any) -> Ball:

@@ -125,7 +125,8 @@ def show(run: runner.Run) -> None:
     for reason, count in report.skips(run):
         console.print(f"[yellow]-\\[skip][/yellow] {count} cases: {escape(reason)}", soft_wrap=True)
     if run.unclaimed:
-        console.print(f"not claimed ({len(run.unclaimed)}): {', '.join(run.unclaimed)}", style="dim", soft_wrap=True)
+        listed = ", ".join(run.unclaimed[:SHOWN]) + (" ..." if len(run.unclaimed) > SHOWN else "")
+        console.print(f"not claimed ({len(run.unclaimed)}): {listed}", style="dim", soft_wrap=True)
     mark = "[green]-\\[ok][/green]" if run.ok else "[red]-\\[x][/red]"
     console.print(f"{mark} {escape(report.summary(run))}", soft_wrap=True)
 

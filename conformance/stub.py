@@ -32,7 +32,8 @@ def rows(op: str) -> list[tuple[str, str, str]]:
         arrays = any(isinstance(v, np.ndarray) for v in values)
         # Of an array some shapes, of anything else every value that a case has.
         shown = list(dict.fromkeys(_shape(v) for v in values))
-        made.append((name, _kind(values), "  ".join(shown[: 6 if arrays else 14])))
+        kind = _kind(values) + ("" if len(values) == len(samples) else ", or not given")
+        made.append((name, kind, "  ".join(shown[: 6 if arrays else 14])))
     first = reference(samples[0]) if OPERATORS()[op].observe is None else {}
     for name in OPERATORS()[op].outputs:
         shape = _shape(first[name].value) + " in the first case" if name in first else ""
@@ -43,6 +44,15 @@ def rows(op: str) -> list[tuple[str, str, str]]:
 def conventions(op: str) -> str:
     """What the family's cases mean by their names and layouts."""
     return inspect.getdoc(families()[op.partition(".")[0]]) or ""
+
+
+def _parameters(op: str) -> list[str]:
+    """Arguments in order; those that some case leaves out get None."""
+    samples = _samples(op)
+    names = OPERATORS()[op].parameters
+    absent = {n for n in names if any(n not in c.arguments for c in samples)}
+    first = next((i for i, n in enumerate(names) if n in absent), len(names))
+    return [n if i < first else f"{n}=None" for i, n in enumerate(names)]
 
 
 def _kind(values: list[Any]) -> str:
@@ -69,7 +79,7 @@ def adapter(names: list[str]) -> str:
         result = operator.outputs[0] if len(operator.outputs) == 1 else f"({', '.join(operator.outputs)})"
         lines += [
             "",
-            f"def {op.replace('.', '_')}({', '.join(operator.parameters)}):",
+            f"def {op.replace('.', '_')}({', '.join(_parameters(op))}):",
             f"    raise NotImplementedError  # return {result}",
             "",
         ]

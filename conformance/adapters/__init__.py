@@ -51,7 +51,8 @@ def load(name: str) -> tuple[Implementation, ...]:
 
         return python.implementations(target)
     if name not in ADAPTERS:
-        raise AdapterError(f"adapter: expected one of {', '.join(ADAPTERS)} or python:FILE, received {name!r}")
+        hint = f"; did you mean python:{name}?" if name.endswith(".py") else ""
+        raise AdapterError(f"adapter: expected one of {', '.join(ADAPTERS)} or python:FILE, received {name!r}{hint}")
     module, extra = ADAPTERS[name]
     try:
         loaded = importlib.import_module(f"conformance.adapters.{module}")

@@ -33,16 +33,15 @@ def load_file(target: str) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     # As the import system does: dataclasses and pickle look their module up by name.
     sys.modules[spec.name] = module
+    # It stays: a function may import its neighbour only when it is called.
     folder = str(path.parent.resolve())
-    sys.path.insert(0, folder)
+    if folder not in sys.path:
+        sys.path.insert(0, folder)
     try:
         with contained():
             spec.loader.exec_module(module)
     except Exception as error:
         raise AdapterError(f"adapter python:{target}: {type(error).__name__} while importing it: {error}") from error
-    finally:
-        if folder in sys.path:
-            sys.path.remove(folder)
     return module
 
 

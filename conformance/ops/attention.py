@@ -1,8 +1,8 @@
 """Judging attention: masks, positions, multi-head and grouped attention, projections with rotary positions.
 
-A case names its kernel: softmax, softmax_plus_16 (n_min 16), squared_relu_visible, squared_relu_1 (length 1), laplace,
-all of attention_kernel; and its rotation: interleaved or half_split, with positions (None: not rotated) and the base of
-the frequencies.
+A case names its kernel: softmax, softmax_plus_1 and softmax_plus_16 (n_min 1 and 16), squared_relu_visible,
+squared_relu_1 (length 1) or laplace, all of attention_kernel; and its rotation: interleaved or half_split, with
+positions (None: not rotated) and the base of the frequencies.
 """
 
 from __future__ import annotations
@@ -340,14 +340,14 @@ def _layer_cases() -> list[Case]:
 
     def add(
         name: str, clauses: str, mask: Any, positions: Any, *, b: int = 2, n: int = 3, m: int = 5, heads: int = 2,
-        groups: int = 2, bias: bool = True, poison: bool = False, **more: Any,
+        groups: int = 2, bias: bool = True, poison: bool = False, width: int = 4, **more: Any,
     ) -> None:  # fmt: skip
         """One case of the layer with itself (m tokens), one with a memory of m tokens."""
         options = {"heads": heads, "layout": "interleaved", "base": 10000.0, "kernel": "softmax", **more}
         cross = isinstance(positions, tuple)
         function = "cross_attention" if cross else "multi_head_attention"
         draw = Draw(f"attention.{function}/{name}")
-        weights = weights_of(draw, 5, 7 if cross else 5, heads, groups, 4, 3, 5, bias)
+        weights = weights_of(draw, 5, 7 if cross else 5, heads, groups, width, 3, 5, bias)
         hidden = None if mask is None or not poison else ~mask.reshape(b, -1)[..., None]
         if cross:
             memory = draw.grid(b, m, 7, low=-63, high=63)
@@ -382,7 +382,9 @@ def _layer_cases() -> list[Case]:
     add("unrotated", "C1", None, None)
     add("one-token", "C1", None, np.array([7]), m=1)
     add("softmax-plus", "C1", keys, counted, kernel="softmax_plus_16")
+    add("softmax-plus-counted", "C1", keys, counted, kernel="softmax_plus_1")
     add("squared-relu", "C1", keys, counted, kernel="squared_relu_visible", bias=False)
+    add("head-width-6", "C1", None, np.arange(5), width=6)
 
     add("both-rotated", "C1 C3 C4", None, (np.array([5, 2, 3]), np.arange(5)))
     add("queries-rotated", "C3", None, (np.array([5, 2, 3]), None))
@@ -394,6 +396,7 @@ def _layer_cases() -> list[Case]:
     add("half-split", "C4", None, (np.arange(3), some), layout="half_split")
     add("grouped-half-split", "C2 C4", None, (np.arange(3), some), heads=2, groups=1, layout="half_split")
     add("base-500", "C4", None, (np.arange(3), some), base=500.0)
+    add("head-width-6", "C1", None, (np.arange(3), some), width=6)
     add("long", "C4", None, (np.array([4099, 5000, 4096]), np.array([4098, 4097, 5001, 4095, 4100])))
     return cases
 

@@ -41,7 +41,9 @@ def softmax_plus(a: Arithmetic, scores: Ball, mask: Mask, n_min: int) -> Ball:
 
 def _squared_relu(a: Arithmetic, scores: Ball, mask: Mask, length: Any) -> Ball:
     positive = relu(scores)
-    return where(visible(mask, scores.shape), positive * positive / a.exact(length), a.exact(0.0))
+    # Dividing before the square, by the root of the length on either side, rounds five times more.
+    divided = (positive * positive / a.exact(length)).rounded(5)
+    return where(visible(mask, scores.shape), divided, a.exact(0.0))
 
 
 def squared_relu_visible(a: Arithmetic, scores: Ball, mask: Mask) -> Ball:
@@ -70,6 +72,7 @@ def laplace(a: Arithmetic, scores: Ball, mask: Mask) -> Ball:
 # Names by which a case of another family asks for a kernel: the function's, with its parameter behind it.
 REFERENCES: dict[str, Callable[[Arithmetic, Ball, Mask], Ball]] = {
     "softmax": softmax,
+    "softmax_plus_1": partial(softmax_plus, n_min=1),
     "softmax_plus_16": partial(softmax_plus, n_min=16),
     "squared_relu_visible": squared_relu_visible,
     "squared_relu_1": partial(squared_relu_constant, length=1),
@@ -77,6 +80,7 @@ REFERENCES: dict[str, Callable[[Arithmetic, Ball, Mask], Ball]] = {
 }
 KERNELS: dict[str, Callable[..., np.ndarray]] = {
     "softmax": spec.softmax,
+    "softmax_plus_1": partial(spec.softmax_plus, n_min=1),
     "softmax_plus_16": partial(spec.softmax_plus, n_min=16),
     "squared_relu_visible": spec.squared_relu_visible,
     "squared_relu_1": partial(spec.squared_relu_constant, length=1),

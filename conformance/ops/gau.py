@@ -1,8 +1,8 @@
 """Judging gau: the gated attention unit of Su and of the FLASH paper, as self and cross attention, with its blocks.
 
-A case names its kernel: softmax, softmax_plus_16 (n_min 16), squared_relu_visible, squared_relu_1 (length 1), laplace,
-all of attention_kernel; and its rotation: interleaved or half_split, with positions (None: not rotated) and the base of
-the frequencies.
+A case names its kernel: softmax, softmax_plus_1 and softmax_plus_16 (n_min 1 and 16), squared_relu_visible,
+squared_relu_1 (length 1) or laplace, all of attention_kernel; and its rotation: interleaved or half_split, with
+positions (None: not rotated) and the base of the frequencies.
 """
 
 from __future__ import annotations
@@ -223,7 +223,7 @@ def _unit_cases(function: str, **fixed: Any) -> list[Case]:
 
     def add(
         name: str, clauses: str, mask: Any, positions: Any, *, b: int = 2, n: int = 5, weighted: bool = True,
-        additive: bool = False, poison: bool = False, dense: bool = False, **more: Any,
+        additive: bool = False, poison: bool = False, dense: bool = False, s: int = 4, **more: Any,
     ) -> None:  # fmt: skip
         draw = Draw(f"gau.{function}/{name}")
         x = draw.dense(b, n, 5, exponent=1) if dense else draw.grid(b, n, 5, low=-95, high=95)
@@ -235,7 +235,7 @@ def _unit_cases(function: str, **fixed: Any) -> list[Case]:
             "mask": mask,
             "bias": bias,
             "positions": positions,
-            **weights_of(draw, 5, 7, 4, weighted),
+            **weights_of(draw, 5, 7, s, weighted),
         }
         if function == "block_pre_norm":
             arrays |= {"norm_scale": draw.grid(5, low=32, high=63), "norm_bias": draw.grid(5, exponent=-8)}
@@ -268,7 +268,10 @@ def _unit_cases(function: str, **fixed: Any) -> list[Case]:
         note="one visible key: the output is the gate of one token times the value of another",
     )
     add("softmax-plus", plain, _KEYS, _COUNTED, kernel="softmax_plus_16")
+    # Without a floor the visible keys show in their logarithm; with 16 every case of this size is one length.
+    add("softmax-plus-counted", plain, _KEYS, _COUNTED, kernel="softmax_plus_1")
     add("laplace", plain, _KEYS, _COUNTED, kernel="laplace")
+    add("key-width-6", plain, None, np.arange(5), s=6)
     add("dense", plain, None, _SOME, dense=True)
     if function == "unit":
         add("beyond-2-17", placed, None, np.array([200003, 200001, 200017, 262143, 200000]), b=1, angle="A64")
@@ -314,6 +317,7 @@ def _cross_cases() -> list[Case]:
     add("long", "C3", None, (np.array([4099, 5000, 4096]), np.array([4098, 4097, 5001, 4095, 4100])))
     add("additive-bias", "C4", None, (q, np.arange(5)))
     add("softmax-plus", "C4", _KEYS, (q, np.arange(5)), kernel="softmax_plus_16")
+    add("softmax-plus-counted", "C4", _KEYS, (q, np.arange(5)), kernel="softmax_plus_1")
     return cases
 
 

@@ -377,6 +377,7 @@ _NORMALISED: dict[str, tuple[str, dict[str, Any]]] = {
         _divided("n-chunked", (1, 11, 2, 3, 5), initial=True, form="chunked", chunk_size=4),
     ),
     "bidirectional": ("C4", _divided("n-bidirectional", (2, 5, 3, 7, 2), form="bidirectional")),
+    "bidirectional-initial-state": ("C4", _divided("n-both", (1, 5, 3, 2, 3), initial=True, form="bidirectional")),
     # Sums near epsilon: 1e-10, 1e-6 and 1e-4 part company, and so do epsilon before and after the scale.
     "near-epsilon": (
         "C4",

@@ -123,6 +123,7 @@ CASES = (
     *_mean("one-token", _mask("1", "0", "1"), "C2 C3", width=5),
     *_mean("dense", _mask("1110101", "1111111"), "C1", width=5),
     *_mean("dense-53-bits", _mask("1110101", "0111111"), "C1", width=5),
+    *_mean("more-than-255", np.arange(300)[None] < 290, "C1", width=2),
     *_mean("exact-full", _mask("11111111", "11111111"), "C2", exact=True),
     *_mean("exact-half", _mask("11110000", "00001111"), "C1 C2", exact=True),
     *_mean("exact-scattered", _mask("10010000000", "01010101000"), "C1", width=5, exact=True),

@@ -276,6 +276,7 @@ def _rotation_cases(
     case("position-zero-dense", (1, 2, 1), 0, 10, bits=24, exact=True)
     # As a cache asks for them: arange plus an offset, which 8 and 11 bits cannot count.
     case("offset", (1, 5, 2), np.arange(4093, 4098), 6)
+    case("negative-positions", (1, 3, 2), [-1, -7, -300], 6)
     return made
 
 
@@ -349,6 +350,14 @@ CASES = (
     *_rotation_cases(ROTATIONS[0], "C1 C3", "C2"),
     *_rotation_cases(ROTATIONS[1], "C1", "C2"),
     *_rotation_cases(ROTATIONS[2], "C1 C2", "C1", rest=3, rotary=_contiguous),
+    # An even width whose rotary part is neither the whole nor what the rest would be.
+    *(
+        _case(
+            ROTATIONS[2], f"even-width-{layout.replace('_', '-')}", "C1 C2", x=Draw(f"even/{layout}").grid(2, 3, 2, 12),
+            positions=np.array([[1, 5, 9], [2, 700, 3]]), base=1e4, rotary_width=4, layout=layout,
+        )
+        for layout in ("half_split", "interleaved")
+    ),
     *_rotation_cases(ROTATIONS[3], "C1 C2", "C1", rest=4, rotary=lambda i, w: {"rotary_width": w}),
     *_angle_cases(),
     *_scalar_cases(

@@ -350,6 +350,13 @@ def _of_rows(op: str) -> tuple[Case, ...]:
 
 
 _merged = partial(_case, "merge")
+
+
+def _exchanged(sides: dict[str, Any]) -> dict[str, Any]:
+    """The two sides of a merge exchanged."""
+    return {n[:-1] + {"a": "b", "b": "a"}[n[-1]]: v for n, v in sides.items()}
+
+
 _m = Draw("whitening/merge")
 
 
@@ -429,6 +436,7 @@ CASES = (
     _merged("single-rows", "C1", **_sides(1, 1)),
     _merged("one-and-many", "C1", **_sides(1, 1000)),
     _merged("neutral", "C1", **(_sides(7, 3) | _none())),
+    _merged("neutral-first", "C1", **_exchanged(_sides(7, 3) | _none())),
     _merged("offset", "C1", **_sides(6, 11, offset=4096.0)),
     _merged("large-counts", "C1", **_sides(3_000_000, 1_000_001), only=RANGE),
     _merged("exact-halves", "C1", exact=True, **(_sides(2, 2) | {"mean_a": np.array([3.0, -1, 5]),

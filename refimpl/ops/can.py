@@ -124,7 +124,8 @@ def alternating_normalization_loop(
     C3. The prior must multiply after the column step; its scale must not matter.
     C4. A zero column must stay zero, and no epsilon may be added: where no confident row has a class, any b_j > 0
         has all of it.
-    C5. Where prior and b share no class the row must come back as it was; so must it for iterations = 0.
+    C5. Where prior and b^alpha share no class (0^0 = 1) the row must come back as it was; so must it for
+        iterations = 0.
     C6. Without confident rows the result must be the prior on the support of b.
 
     Raises: ShapeError unless (n, k), (b, k), (k,); DomainError for negative values, a prior without mass,

@@ -176,7 +176,8 @@ def bidirectional(
     C2. Masked keys and the padded tail must have weight 0 after the kernel and be absent from S_h: a bias, or a kernel
         with kernel(0) != 0, must not bring them back. Queries are not masked.
     C3. `normaliser` must be given the counts of `Reach`; a part whose length is 0 must be 0, never NaN.
-    C4. `segments` and `documents` come together; a token kept apart must be neither read nor counted.
+    C4. `segments` and `documents` come together; a token kept apart must be neither read nor counted by `visible`;
+        su and paper count the whole chunks of c tokens from which a row reads.
     C5. `bias` (c, c) must be added after the scale and before the kernel, by positions inside the chunk.
     Raises: ShapeError for shapes that do not fit; DomainError for chunk < 1, NaN or infinity, a mask that is not
         boolean, segments that are not integers, or only one of segments and documents.
