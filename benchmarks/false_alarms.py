@@ -14,6 +14,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 
 from conformance import vectors
 from conformance.adapters import spec
+from conformance.budget import round_to
 from conformance.case import OPERATORS, as_tuple, reference
 from conformance.law import call
 from conformance.report import column_of, figure
@@ -56,7 +57,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--examples", type=int, default=5, help="drawn cases per operator and member")
     examples = parser.parse_args().examples
-    runs, alarms, elements, silent = Counter(), [], 0, 0
+    runs, alarms, elements, silent, exact, unequal = Counter(), [], 0, 0, 0, 0
     worst: dict[tuple[str, str], float] = {}
     frozen = vectors.load()
     for member in spec.implementations():
@@ -68,9 +69,17 @@ def main() -> None:
             runs["vectors"] += verdict.outcome != "skipped"
             if verdict.failed:
                 alarms.append(f"{member.name} {vector.case.id}: {verdict.message}")
+            elif vector.case.exact and verdict.outputs:
+                unequal += any(
+                    not np.array_equal(
+                        round_to(o, member.profile.dtype), round_to(e, member.profile.dtype), equal_nan=True
+                    )
+                    for o, e in zip(verdict.outputs, vector.expected.values(), strict=True)
+                )
+                exact += 1
             elif not vector.case.ill_conditioned:
                 elements, silent = elements + verdict.elements, silent + verdict.unverifiable
-                if not vector.case.exact and verdict.ratio == verdict.ratio:
+                if verdict.ratio == verdict.ratio:
                     key = (vector.case.op, head)
                     worst[key] = max(worst.get(key, 0.0), verdict.ratio)
         for op in OPERATORS():
@@ -86,6 +95,7 @@ def main() -> None:
     for line in alarms[:20]:
         print(f"  {line}")
     print(f"unverifiable elements outside the cases made for it: {silent} of {elements} ({silent / elements:.4%})")
+    print(f"exact vectors: {exact} runs, {unequal} not equal bit for bit")
     print("\nworst honest error / bound\n")
     print("| operator | " + " | ".join(SHOWN) + " |")
     print("|---" * (len(SHOWN) + 1) + "|")

@@ -60,7 +60,7 @@ def run(out: Path, console: Console, errors: Console) -> bool:
         for complaint in found.complaints:
             console.print(f"[red]-\\[x][/red] {escape(complaint)}", soft_wrap=True)
     target = out / "report.html"
-    report.write(target, report.html(runs, [("Who follows what", _page(runs))]))
+    report.write(target, report.html(runs, [("Conventions and deviations", _page(runs))]))
     console.print(f"report: {target}")
     return all(found.ok for found in runs)
 
@@ -133,6 +133,9 @@ def _page(runs: list[runner.Run]) -> str:
         for op, head, cell, named in rows(found):
             reason = "; ".join(why.get((op, head), {}))
             text = "<br>".join(html.escape(t) for t in (named, reason) if t)
+            # What passes and has no convention to tell stands in the heat maps below.
+            if not text and cell.outcome == "pass":
+                continue
             mark = f'<span class="mark {cell.outcome}">{_word(cell)}</span>'
             cells = (html.escape(found.adapter), f"<code>{op}</code>", head, mark, report.figure(cell.ratio), text)
             lines.append("<tr>" + "".join(f"<td>{c}</td>" for c in cells) + "</tr>")
