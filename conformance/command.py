@@ -7,6 +7,7 @@ import sys
 import textwrap
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -271,18 +272,31 @@ def ops(
             console.print(escape(text), soft_wrap=True)
 
 
+LAYERS = ("refimpl", "torchimpl", "export")
+
+
 def _matrix() -> Table:
-    """Operator x layer."""
+    """Operator x layer: who has it, and what judges it."""
     table = Table(title="Operators", caption="refimpl ops NAME shows arguments, clauses and an adapter stub")
-    for column in ("operator", "refimpl", "vectors", "laws", "mutants"):
-        table.add_column(column, justify="left" if column == "operator" else "right")
+    table.add_column("operator", no_wrap=True)
+    for column in (*LAYERS, "vectors", "laws", "mutants"):
+        table.add_column(column, justify="right")
     minimum = vectors.read_manifest()["operators"]
     for op in OPERATORS():
-        module = families()[op.split(".")[0]]
+        family = op.split(".")[0]
+        module = families()[family]
+        there = ["yes" if _exists(f"{layer}.ops.{family}") else "-" for layer in LAYERS]
         laws = sum(op in law.operators for law in module.LAWS)
         wrong = sum(m.op == op for m in (*module.MUTANTS, *module.MUSEUM))
-        table.add_row(op, "yes", str(minimum.get(op, {}).get("minimum", 0)), str(laws), str(wrong))
+        table.add_row(op, *there, str(minimum.get(op, {}).get("minimum", 0)), str(laws), str(wrong))
     return table
+
+
+def _exists(module: str) -> bool:
+    try:
+        return find_spec(module) is not None
+    except ModuleNotFoundError:
+        return False
 
 
 def _arguments(op: str) -> Table:
