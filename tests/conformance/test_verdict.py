@@ -104,15 +104,21 @@ def test_one_percent_on_one_row_is_seen(corpus):
     assert outcome(corpus, last_row).outcome == "logic"
 
 
-def test_exact_cases_ask_for_equality(corpus):
+def test_exact_cases_ask_for_equality_in_sixteen_bits(corpus):
+    """One unit in the last place, which the bound of an inexact case allows; float32 rounding is forgiven."""
     name = next(n for n, v in corpus.items() if v.case.exact)
 
     def nearly(x, epsilon):
-        y = right(x, epsilon).astype(np.float64)
-        return np.nextafter(y.astype(np.float32), np.float32(9))
+        y = right(x, epsilon)
+        return np.nextafter(y, np.array(9, y.dtype))
 
-    assert judge("x", nearly, corpus[name], F32).outcome == "precision"
-    assert judge("x", right, corpus[name], F32).outcome == "pass"
+    def coarsely(x, epsilon):
+        return right(x, epsilon) * x.dtype.type(1.001)
+
+    assert judge("x", nearly, corpus[name], BF16).outcome == "precision"
+    assert judge("x", nearly, corpus[name], F32).outcome == "pass"
+    assert judge("x", coarsely, corpus[name], F32).failed
+    assert judge("x", right, corpus[name], BF16).outcome == "pass"
 
 
 def vector_of(expected, bound):
