@@ -73,7 +73,8 @@ class Case:
     """Arguments of one operator, and what is to be learned from them.
 
     clauses: labels of the operator's docstring that this case tests ("C1").
-    exact: every permitted order gives the same number, so the output must be the correctly rounded result, bit for bit.
+    exact: every permitted order gives the same number; rounded to its format, the output may miss the rounded result by
+      what float32 arithmetic does (float64 for float64), whatever the profile.
     angle: "A64" for cases beyond position 2^17, judged only for implementations that declare exact angles.
     ill_conditioned: made so that the bound carries no information; its elements may be unverifiable.
     only: storage formats, where fewer than those that hold every float input exactly.

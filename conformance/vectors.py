@@ -2,8 +2,9 @@
 
 A file holds `input/<argument>` (F32 where that is exact, else F64; I64; BOOL), `expected/<output>` (F64, correctly
 rounded from 50 digits) and `bound/<output>/<dtype>-<profile>` (F32, rounded up). An implementation passes where
-|out - expected| <= bound; in an exact case out must equal expected rounded to its storage format. The manifest names
-every file with its SHA-256, size, attributes, clauses and the minimum counts below which nobody may report success.
+|out - expected| <= bound; in an exact case both are rounded to the storage format and the bound is float32-strict
+(float64-strict for float64). The manifest names every file with its SHA-256, size, attributes, clauses and the minimum
+counts below which nobody may report success.
 """
 
 from __future__ import annotations
@@ -111,7 +112,6 @@ def tensors(vector: Vector) -> dict[str, np.ndarray]:
     for name, value in vector.expected.items():
         made[f"expected/{name}"] = np.array(value, order="C")
     for profile, named in vector.bounds.items():
-        # Exact cases are judged by equality; their bounds only serve to tell precision from logic.
         for name, value in named.items():
             made[f"bound/{name}/{profile}"] = np.array(value, order="C")
     return made
