@@ -11,7 +11,7 @@ import inspect
 import pkgutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from types import ModuleType
 from typing import Any
 
@@ -23,6 +23,31 @@ from conformance.budget import DTYPES, Arithmetic, Ball, Profile, round_to
 Function = Callable[..., Any]
 
 
+class Package:
+    """The operator files of one implementation, imported when first asked for: Package("refimpl.ops").rope.
+
+    What calls an operator by a case's arguments takes the package as `of`, so that every package that has the names and
+    arguments of the specification is called by the same lines.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __getattr__(self, family: str) -> ModuleType:
+        try:
+            module = importlib.import_module(f"{self._name}.{family}")
+        except ModuleNotFoundError as error:
+            if error.name != f"{self._name}.{family}":
+                raise
+            raise AttributeError(f"{self._name} has no {family}") from None
+        # Found once: a compiler that traces a call cannot trace an import.
+        setattr(self, family, module)
+        return module
+
+
+SPEC = Package("refimpl.ops")
+
+
 class Unsupported(Exception):
     """Raised by an implementation that does not provide a combination; the text is the reason that the report shows."""
 
@@ -31,7 +56,8 @@ class Unsupported(Exception):
 class Operator:
     """One judged operator.
 
-    call: the specification (a function of refimpl.ops, or a few lines that resolve names to functions).
+    call: the specification (a function of refimpl.ops, or a few lines that resolve names to functions; these take the
+      package as keyword `of`).
     reference: the independent derivation, reference(arithmetic, **arguments) -> Ball(s); float arrays arrive as Balls.
     outputs: the names of the results, in order.
     multilinear: a sum of products of its inputs; at least five exact vectors are owed.
@@ -65,7 +91,13 @@ class Operator:
     @property
     def parameters(self) -> tuple[str, ...]:
         """Names of the arguments, in the order of the specification."""
-        return tuple(inspect.signature(self.call).parameters)
+        return tuple(name for name in inspect.signature(self.call).parameters if name != "of")
+
+    def of(self, package: Package) -> Function:
+        """The same operator of another package with the specification's names and arguments."""
+        if "of" in inspect.signature(self.call).parameters:
+            return partial(self.call, of=package)
+        return getattr(getattr(package, self.family), self.function)
 
 
 @dataclass(frozen=True)

@@ -64,11 +64,23 @@ def write(path: Path, text: str) -> None:
 
 
 def cells(run: Run) -> dict[tuple[str, str], Cell]:
-    """(operator, implementation) -> what happened there. Implementations of one precision share a column."""
+    """(row, column) -> what happened there. Implementations of one precision and variant share a cell."""
     grouped: dict[tuple[str, str], list[tuple[int, Verdict]]] = {}
     for i, verdict in enumerate(run.verdicts):
-        grouped.setdefault((verdict.op, column(verdict)), []).append((i, verdict))
+        grouped.setdefault((row(verdict), column(verdict)), []).append((i, verdict))
     return {key: _cell(run, rows) for key, rows in grouped.items()}
+
+
+def row(verdict: Verdict) -> str:
+    """The operator, and the variant that judged it where there are several."""
+    return f"{verdict.op} ({verdict.variant})" if verdict.variant else verdict.op
+
+
+def rows(run: Run) -> list[str]:
+    """The rows of a table: operators in alphabetical order, the variants of each in the order in which they ran."""
+    order = {name: i for i, name in enumerate(dict.fromkeys(v.variant for v in run.verdicts))}
+    found = {(v.op, order[v.variant], row(v)) for v in run.verdicts}
+    return [name for _, _, name in sorted(found)]
 
 
 def column(verdict: Verdict) -> str:
@@ -121,16 +133,16 @@ def table(run: Run) -> Table:
     for head in heads:
         made.add_column(head, justify="right")
     found = cells(run)
-    for op in run.operators:
-        row = [op]
+    for name in rows(run):
+        entries = [name]
         for head in heads:
-            cell = found.get((op, head))
+            cell = found.get((name, head))
             if cell is None:
-                row.append("")
+                entries.append("")
                 continue
             text = f"{cell.outcome} {figure(cell.ratio)}" if cell.outcome != "pass" else f"ok {figure(cell.ratio)}"
-            row.append(f"[{COLOURS[cell.outcome]}]{text}[/]")
-        made.add_row(*row)
+            entries.append(f"[{COLOURS[cell.outcome]}]{text}[/]")
+        made.add_row(*entries)
     return made
 
 
@@ -142,8 +154,8 @@ def counts(run: Run) -> dict[str, int]:
 
 def unverifiable(run: Run) -> tuple[int, int]:
     """Unverifiable and all compared elements outside the cases made to be unverifiable."""
-    rows = [v for v in run.verdicts if v.kind == "vector" and not v.ill_conditioned]
-    return sum(v.unverifiable for v in rows), sum(v.elements for v in rows)
+    told = [v for v in run.verdicts if v.kind == "vector" and not v.ill_conditioned]
+    return sum(v.unverifiable for v in told), sum(v.elements for v in told)
 
 
 def summary(run: Run) -> str:
@@ -327,9 +339,10 @@ def markdown(run: Run) -> str:
         "| operator | " + " | ".join(heads) + " |",
         "|---" * (len(heads) + 1) + "|",
     ]
-    for op in run.operators:
-        row = [found.get((op, head)) for head in heads]
-        lines.append(f"| {op} | " + " | ".join(f"{c.outcome} {figure(c.ratio)}" if c else "" for c in row) + " |")
+    for name in rows(run):
+        found_here = [found.get((name, head)) for head in heads]
+        entries = [f"{c.outcome} {figure(c.ratio)}" if c else "" for c in found_here]
+        lines.append(f"| {name} | " + " | ".join(entries) + " |")
     laws = failing_laws(run)
     if run.failures:
         lines += ["", "### Failures", ""]
@@ -371,6 +384,7 @@ def html(runs: Iterable[Run], sections: Sequence[tuple[str, str]] = ()) -> str:
         shown.append(
             {
                 "run": run,
+                "rows": rows(run),
                 "columns": columns(run),
                 "cells": cells(run),
                 "summary": summary(run),

@@ -188,10 +188,11 @@ class _Judging:
         if self.examples and implementation.laws:
             # Where the vectors show too little precision and no fault of logic, a broken law shows the same.
             coarse = bool(failed) and all(made[i].outcome == "precision" for i in failed)
+            examples = min(self.examples, implementation.examples or self.examples)
             for law in _laws(op):
-                verdict = check_law(implementation.name, function, law, op, profile, self.examples)
+                verdict = check_law(implementation.name, function, law, op, profile, examples)
                 made.append(replace(verdict, outcome="precision") if coarse and verdict.failed else verdict)
-        return [replace(v, outputs=()) for v in made]
+        return [replace(v, outputs=(), variant=implementation.variant) for v in made]
 
 
 def _each(

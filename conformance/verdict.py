@@ -29,7 +29,7 @@ class Verdict:
     """What happened to one case (kind "vector") or one law (kind "law").
 
     ratio: the worst |out - expected| / bound over the verifiable elements (nan where none was compared).
-    equals: known bugs whose output this is.
+    equals: known bugs whose output this is. variant: the implementation's, where it has rows of its own in a report.
     """
 
     implementation: str
@@ -45,6 +45,7 @@ class Verdict:
     unverifiable: int = 0
     ill_conditioned: bool = False
     equals: tuple[str, ...] = ()
+    variant: str = ""
     outputs: tuple[np.ndarray, ...] = field(default=(), repr=False, compare=False)
 
     @property

@@ -75,7 +75,7 @@ def broadcast(operation: str, expected: str, **arrays: np.ndarray) -> tuple[int,
 
 def _listed(received: Mapping[str, Any]) -> str:
     parts = (
-        f"{name} of shape {value.shape}" if isinstance(value, np.ndarray) else f"{name}={value!r}"
+        f"{name} of shape {tuple(value.shape)}" if hasattr(value, "shape") else f"{name}={value!r}"
         for name, value in received.items()
     )
     return ", ".join(parts)

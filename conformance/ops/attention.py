@@ -15,51 +15,52 @@ import numpy as np
 from hypothesis import strategies as st
 
 from conformance.budget import Arithmetic, Ball, Profile, einsum, round_to
-from conformance.case import Case, Function, Operator
+from conformance.case import SPEC, Case, Function, Operator, Package
 from conformance.generate import Draw, drawn
 from conformance.law import Law, close, equal, run
 from conformance.mutant import Mutant
-from conformance.ops.attention_kernel import KERNELS, REFERENCES, visible
-from conformance.ops.rope import rotate
+from conformance.ops.attention_kernel import KERNELS, REFERENCES, kernels, visible
+from conformance.ops.rope import layouts, rotate
 from refimpl.ops import attention as spec
 from refimpl.ops import rope
 
 Positions = np.ndarray | None
-LAYOUTS = {"interleaved": rope.rotate_interleaved, "half_split": rope.rotate_half_split}
+LAYOUTS = layouts(SPEC)
 WEIGHTS = ("w_q", "b_q", "w_k", "b_k", "w_v", "b_v", "w_o", "b_o")
 
 
 # What is called: names become functions.
-def _attend(q: Any, k: Any, v: Any, mask: Any, kernel: str, scale: float) -> np.ndarray:
-    return spec.attend(q, k, v, mask, kernel=KERNELS[kernel], scale=scale)
+def _attend(q: Any, k: Any, v: Any, mask: Any, kernel: str, scale: float, *, of: Package = SPEC) -> Any:
+    return of.attention.attend(q, k, v, mask, kernel=kernels(of)[kernel], scale=scale)
 
 
 def _attend_rotated_values(
-    q: Any, k: Any, v: Any, mask: Any, positions_k: Any, layout: str, base: float, kernel: str, scale: float
-) -> np.ndarray:
-    angles = rope.angles(positions_k, rope.frequencies(v.shape[-1], base=base))
-    options: dict[str, Any] = {"rotate": LAYOUTS[layout], "kernel": KERNELS[kernel], "scale": scale}
-    return spec.attend_rotated_values(q, k, v, angles, mask, **options)
+    q: Any, k: Any, v: Any, mask: Any, positions_k: Any, layout: str, base: float, kernel: str, scale: float, *,
+    of: Package = SPEC,
+) -> Any:  # fmt: skip
+    angles = of.rope.angles(positions_k, of.rope.frequencies(v.shape[-1], base=base))
+    options: dict[str, Any] = {"rotate": layouts(of)[layout], "kernel": kernels(of)[kernel], "scale": scale}
+    return of.attention.attend_rotated_values(q, k, v, angles, mask, **options)
 
 
 def _multi_head_attention(
     x: Any, mask: Any, positions: Any, w_q: Any, b_q: Any, w_k: Any, b_k: Any, w_v: Any, b_v: Any, w_o: Any, b_o: Any,
-    heads: int, layout: str, base: float, kernel: str,
-) -> np.ndarray:  # fmt: skip
-    theta = rope.frequencies(w_q.shape[-1] // heads, base=base)
-    options: dict[str, Any] = {"heads": heads, "rotate": LAYOUTS[layout], "kernel": KERNELS[kernel]}
-    return spec.multi_head_attention(
+    heads: int, layout: str, base: float, kernel: str, *, of: Package = SPEC,
+) -> Any:  # fmt: skip
+    theta = of.rope.frequencies(w_q.shape[-1] // heads, base=base)
+    options: dict[str, Any] = {"heads": heads, "rotate": layouts(of)[layout], "kernel": kernels(of)[kernel]}
+    return of.attention.multi_head_attention(
         x, mask, positions, theta, w_q, b_q, w_k, b_k, w_v, b_v, w_o, b_o, **options
     )  # fmt: skip
 
 
 def _cross_attention(
     x: Any, memory: Any, mask: Any, positions_q: Any, positions_k: Any, w_q: Any, b_q: Any, w_k: Any, b_k: Any,
-    w_v: Any, b_v: Any, w_o: Any, b_o: Any, heads: int, layout: str, base: float, kernel: str,
-) -> np.ndarray:  # fmt: skip
-    theta = rope.frequencies(w_q.shape[-1] // heads, base=base)
-    options: dict[str, Any] = {"heads": heads, "rotate": LAYOUTS[layout], "kernel": KERNELS[kernel]}
-    return spec.cross_attention(
+    w_v: Any, b_v: Any, w_o: Any, b_o: Any, heads: int, layout: str, base: float, kernel: str, *, of: Package = SPEC,
+) -> Any:  # fmt: skip
+    theta = of.rope.frequencies(w_q.shape[-1] // heads, base=base)
+    options: dict[str, Any] = {"heads": heads, "rotate": layouts(of)[layout], "kernel": kernels(of)[kernel]}
+    return of.attention.cross_attention(
         x, memory, mask, positions_q, positions_k, theta, w_q, b_q, w_k, b_k, w_v, b_v, w_o, b_o, **options
     )  # fmt: skip
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from conformance.budget import MP, Arithmetic, Ball, Profile, erf, log, relu, round_to, sqrt, where
 from conformance.budget import softmax as normalised
-from conformance.case import Case, Function, Operator
+from conformance.case import SPEC, Case, Function, Operator, Package
 from conformance.generate import Draw, drawn
 from conformance.law import Law, LawFailed, close, equal, run
 from conformance.mutant import Mutant
@@ -78,14 +78,22 @@ REFERENCES: dict[str, Callable[[Arithmetic, Ball, Mask], Ball]] = {
     "squared_relu_1": partial(squared_relu_constant, length=1),
     "laplace": laplace,
 }
-KERNELS: dict[str, Callable[..., np.ndarray]] = {
-    "softmax": spec.softmax,
-    "softmax_plus_1": partial(spec.softmax_plus, n_min=1),
-    "softmax_plus_16": partial(spec.softmax_plus, n_min=16),
-    "squared_relu_visible": spec.squared_relu_visible,
-    "squared_relu_1": partial(spec.squared_relu_constant, length=1),
-    "laplace": spec.laplace,
-}
+
+
+def kernels(of: Package) -> dict[str, Callable[..., Any]]:
+    """The kernels that a case may name."""
+    family = of.attention_kernel
+    return {
+        "softmax": family.softmax,
+        "softmax_plus_1": partial(family.softmax_plus, n_min=1),
+        "softmax_plus_16": partial(family.softmax_plus, n_min=16),
+        "squared_relu_visible": family.squared_relu_visible,
+        "squared_relu_1": partial(family.squared_relu_constant, length=1),
+        "laplace": family.laplace,
+    }
+
+
+KERNELS = kernels(SPEC)
 
 _SQUARED = ("squared_relu_visible", "squared_relu_array", "squared_relu_constant")
 _NORMALISED = ("softmax", "softmax_plus")

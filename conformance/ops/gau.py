@@ -15,75 +15,77 @@ import numpy as np
 from hypothesis import strategies as st
 
 from conformance.budget import Arithmetic, Ball, Profile, einsum, silu, sqrt
-from conformance.case import Case, Function, Operator
+from conformance.case import SPEC, Case, Function, Operator, Package
 from conformance.generate import Draw, drawn
 from conformance.law import Law, close, equal, run
 from conformance.mutant import Mutant
-from conformance.ops.attention import LAYOUTS, np_rotate, project
-from conformance.ops.attention_kernel import KERNELS, REFERENCES, np_softmax, visible
-from conformance.ops.rope import rotate
+from conformance.ops.attention import np_rotate, project
+from conformance.ops.attention_kernel import KERNELS, REFERENCES, kernels, np_softmax, visible
+from conformance.ops.rope import layouts, rotate
 from refimpl.ops import gau as spec
-from refimpl.ops import norm, rope
 
 WEIGHTS = ("w_in", "b_in", "gamma_q", "beta_q", "gamma_k", "beta_k", "w_out", "b_out")
 
 
 # What is called: names become functions.
-def _functions(layout: str, kernel: str) -> dict[str, Any]:
-    return {"rotate": LAYOUTS[layout], "kernel": KERNELS[kernel]}
+def _functions(of: Package, layout: str, kernel: str) -> dict[str, Any]:
+    return {"rotate": layouts(of)[layout], "kernel": kernels(of)[kernel]}
 
 
 def _unit(
     x: Any, mask: Any, bias: Any, positions: Any, w_in: Any, b_in: Any, gamma_q: Any, beta_q: Any, gamma_k: Any,
-    beta_k: Any, w_out: Any, b_out: Any, layout: str, base: float, kernel: str,
-) -> np.ndarray:  # fmt: skip
+    beta_k: Any, w_out: Any, b_out: Any, layout: str, base: float, kernel: str, *, of: Package = SPEC,
+) -> Any:  # fmt: skip
     weights = (w_in, b_in, gamma_q, beta_q, gamma_k, beta_k, w_out, b_out)
-    theta = rope.frequencies(gamma_q.shape[0], base=base)
-    return spec.unit(x, mask, bias, positions, theta, *weights, **_functions(layout, kernel))
+    theta = of.rope.frequencies(gamma_q.shape[0], base=base)
+    return of.gau.unit(x, mask, bias, positions, theta, *weights, **_functions(of, layout, kernel))
 
 
 def _unit_paper(
     x: Any, mask: Any, bias: Any, positions: Any, w_in: Any, b_in: Any, gamma_q: Any, beta_q: Any, gamma_k: Any,
-    beta_k: Any, w_out: Any, b_out: Any, length: int, layout: str, base: float, kernel: str,
-) -> np.ndarray:  # fmt: skip
+    beta_k: Any, w_out: Any, b_out: Any, length: int, layout: str, base: float, kernel: str, *, of: Package = SPEC,
+) -> Any:  # fmt: skip
     weights = (w_in, b_in, gamma_q, beta_q, gamma_k, beta_k, w_out, b_out)
-    theta = rope.frequencies(gamma_q.shape[0], base=base)
-    return spec.unit_paper(x, mask, bias, positions, theta, *weights, length=length, **_functions(layout, kernel))
+    theta = of.rope.frequencies(gamma_q.shape[0], base=base)
+    return of.gau.unit_paper(x, mask, bias, positions, theta, *weights, length=length, **_functions(of, layout, kernel))
 
 
 def _unit_cross(
     x: Any, keys_from: Any, values_from: Any, mask: Any, bias: Any, positions_q: Any, positions_k: Any, w_in: Any,
     b_in: Any, w_k: Any, b_k: Any, w_v: Any, b_v: Any, w_out: Any, b_out: Any, layout: str, base: float, kernel: str,
-) -> np.ndarray:  # fmt: skip
+    *, of: Package = SPEC,
+) -> Any:  # fmt: skip
     weights = (w_in, b_in, w_k, b_k, w_v, b_v, w_out, b_out)
     arrays = (x, keys_from, values_from, mask, bias, positions_q, positions_k)
-    return spec.unit_cross(*arrays, rope.frequencies(w_k.shape[-1], base=base), *weights, **_functions(layout, kernel))
+    return of.gau.unit_cross(
+        *arrays, of.rope.frequencies(w_k.shape[-1], base=base), *weights, **_functions(of, layout, kernel)
+    )
 
 
 def _block_post_norm(
     x: Any, mask: Any, bias: Any, positions: Any, w_in: Any, b_in: Any, gamma_q: Any, beta_q: Any, gamma_k: Any,
-    beta_k: Any, w_out: Any, b_out: Any, layout: str, base: float, kernel: str, epsilon: float,
-) -> np.ndarray:  # fmt: skip
+    beta_k: Any, w_out: Any, b_out: Any, layout: str, base: float, kernel: str, epsilon: float, *, of: Package = SPEC,
+) -> Any:  # fmt: skip
     weights = (w_in, b_in, gamma_q, beta_q, gamma_k, beta_k, w_out, b_out)
-    theta = rope.frequencies(gamma_q.shape[0], base=base)
-    options = {**_functions(layout, kernel), "epsilon": epsilon}
-    return spec.block_post_norm(x, mask, bias, positions, theta, *weights, **options)
+    theta = of.rope.frequencies(gamma_q.shape[0], base=base)
+    options = {**_functions(of, layout, kernel), "epsilon": epsilon}
+    return of.gau.block_post_norm(x, mask, bias, positions, theta, *weights, **options)
 
 
 def _block_pre_norm(
     x: Any, mask: Any, bias: Any, positions: Any, w_in: Any, b_in: Any, gamma_q: Any, beta_q: Any, gamma_k: Any,
     beta_k: Any, w_out: Any, b_out: Any, norm_scale: Any, norm_bias: Any, epsilon: float, length: int, layout: str,
-    base: float, kernel: str,
-) -> np.ndarray:  # fmt: skip
+    base: float, kernel: str, *, of: Package = SPEC,
+) -> Any:  # fmt: skip
     """The norm is a layer norm with this scale, bias and epsilon."""
     weights = (w_in, b_in, gamma_q, beta_q, gamma_k, beta_k, w_out, b_out)
-    theta = rope.frequencies(gamma_q.shape[0], base=base)
+    theta = of.rope.frequencies(gamma_q.shape[0], base=base)
 
-    def normalise(t: np.ndarray) -> np.ndarray:
-        return norm.layer_norm(t, norm_scale, norm_bias, epsilon=epsilon)
+    def normalise(t: Any) -> Any:
+        return of.norm.layer_norm(t, norm_scale, norm_bias, epsilon=epsilon)
 
-    options = {**_functions(layout, kernel), "length": length, "norm": normalise}
-    return spec.block_pre_norm(x, mask, bias, positions, theta, *weights, **options)
+    options = {**_functions(of, layout, kernel), "length": length, "norm": normalise}
+    return of.gau.block_pre_norm(x, mask, bias, positions, theta, *weights, **options)
 
 
 # References.

@@ -27,7 +27,7 @@ from conformance.budget import (
     round_to,
     where,
 )
-from conformance.case import Case, Function, Operator
+from conformance.case import SPEC, Case, Function, Operator, Package
 from conformance.generate import Draw, drawn
 from conformance.law import Law, Output, close, equal, run
 from conformance.mutant import Mutant
@@ -55,10 +55,14 @@ def normalised(
     cu_seqlens: Any = None,
     initial_state: Any = None,
     initial_normaliser: Any = None,
-) -> tuple[np.ndarray, ...]:
+    *,
+    of: Package = SPEC,
+) -> Any:
     """refimpl.ops.linear_attention.normalised with the form by its name; chunk_size belongs to form="chunked"."""
-    named = FORMS[form] if chunk_size is None else partial(FORMS[form], chunk_size=chunk_size)
-    return la.normalised(
+    family = of.linear_attention
+    chosen = getattr(family, form)
+    named = chosen if chunk_size is None else partial(chosen, chunk_size=chunk_size)
+    return family.normalised(
         q,
         k,
         v,

@@ -31,13 +31,13 @@ from conformance.budget import (
     softmax,
     where,
 )
-from conformance.case import Case, Function, Operator
+from conformance.case import SPEC, Case, Function, Operator, Package
 from conformance.generate import Draw, drawn
 from conformance.law import Law, close, equal, run
 from conformance.mutant import Mutant
-from conformance.ops.rope import rotate
-from refimpl.ops import attention_kernel, rope
+from conformance.ops.rope import layouts, rotate
 from refimpl.ops import mixed_chunk_attention as mca
+from refimpl.ops import rope
 
 MODES = ("bidirectional", "causal", "causal_strict")
 WHOLE = tuple(f"mixed_chunk_attention.{mode}" for mode in MODES)
@@ -46,53 +46,65 @@ STEP, HEADS, UNIT = (f"mixed_chunk_attention.{name}" for name in ("step", "scale
 EXACT, OVERLAP = (f"mixed_chunk_attention.{name}" for name in ("same_document", "overlapping_chunks"))
 TOKENS = ("q_quad", "k_quad", "q_lin", "k_lin", "v")
 
-KERNELS: dict[str, Callable[..., np.ndarray]] = {
-    "squared_relu": partial(attention_kernel.squared_relu_constant, length=1),
-    "laplace": attention_kernel.laplace,
-    "softmax": attention_kernel.softmax,
-    "identity": mca.identity,
-}
+
+def kernels(of: Package) -> dict[str, Callable[..., Any]]:
+    """The kernels that a case may name."""
+    return {
+        "squared_relu": partial(of.attention_kernel.squared_relu_constant, length=1),
+        "laplace": of.attention_kernel.laplace,
+        "softmax": of.attention_kernel.softmax,
+        "identity": of.mixed_chunk_attention.identity,
+    }
+
+
+KERNELS = kernels(SPEC)
 NORMALISERS = {
     f.__name__: f for f in (mca.su, mca.paper, mca.lucidrains, mca.lucidrains_causal, mca.unnormalised, mca.visible)
 }
-DOCUMENTS = {None: None, "same_document": mca.same_document, "overlapping_chunks": mca.overlapping_chunks}
-ROTATIONS = {"interleaved": rope.rotate_interleaved, "half_split": rope.rotate_half_split}
+ROTATIONS = layouts(SPEC)
 
 
 # What is called: kernel, normaliser, documents, mix and layout are names.
-def _rule(chunk: int, scale: float, kernel: str, normaliser: str) -> dict[str, Any]:
-    return {"chunk": chunk, "scale": scale, "kernel": KERNELS[kernel], "normaliser": NORMALISERS[normaliser]}
+def _rule(of: Package, chunk: int, scale: float, kernel: str, normaliser: str) -> dict[str, Any]:
+    lengths = getattr(of.mixed_chunk_attention, normaliser)
+    return {"chunk": chunk, "scale": scale, "kernel": kernels(of)[kernel], "normaliser": lengths}
+
+
+def _documents(of: Package, name: str | None) -> Function | None:
+    return None if name is None else getattr(of.mixed_chunk_attention, name)
 
 
 def _whole(mode: str) -> Function:
     def operator(
-        q_quad, k_quad, q_lin, k_lin, v, key_mask, segments, bias, chunk, scale, kernel, normaliser, documents
+        q_quad, k_quad, q_lin, k_lin, v, key_mask, segments, bias, chunk, scale, kernel, normaliser, documents, *,
+        of=SPEC,
     ):  # fmt: skip
         heads = (q_quad, k_quad, q_lin, k_lin, v)
-        rule = _rule(chunk, scale, kernel, normaliser)
-        return getattr(mca, mode)(*heads, key_mask, segments, bias, **rule, documents=DOCUMENTS[documents])
+        rule = {**_rule(of, chunk, scale, kernel, normaliser), "documents": _documents(of, documents)}
+        return getattr(of.mixed_chunk_attention, mode)(*heads, key_mask, segments, bias, **rule)
 
     return operator
 
 
 def _step(
     summary, chunks, counted, held_k_quad, held_k_lin, held_v, held_valid,
-    q_quad, k_quad, q_lin, k_lin, v, key_mask, bias, chunk, scale, kernel, normaliser,
+    q_quad, k_quad, q_lin, k_lin, v, key_mask, bias, chunk, scale, kernel, normaliser, *, of=SPEC,
 ):  # fmt: skip
-    state = mca.State(summary, chunks, counted, held_k_quad, held_k_lin, held_v, held_valid)
+    family = of.mixed_chunk_attention
+    state = family.State(summary, chunks, counted, held_k_quad, held_k_lin, held_v, held_valid)
     heads = (q_quad, k_quad, q_lin, k_lin, v)
-    return mca.step(state, *heads, key_mask, bias, **_rule(chunk, scale, kernel, normaliser))
+    return family.step(state, *heads, key_mask, bias, **_rule(of, chunk, scale, kernel, normaliser))
 
 
 def _unit(
     x, key_mask, segments, bias, positions, base, w_in, b_in, gamma, beta, w_out, b_out,
-    mix, layout, rows, chunk, scale, kernel, normaliser, documents,
+    mix, layout, rows, chunk, scale, kernel, normaliser, documents, *, of=SPEC,
 ):  # fmt: skip
-    theta = None if positions is None else rope.frequencies(gamma.shape[-1], base=base)
-    return mca.unit(
+    theta = None if positions is None else of.rope.frequencies(gamma.shape[-1], base=base)
+    return of.mixed_chunk_attention.unit(
         x, key_mask, segments, bias, positions, theta, w_in, b_in, gamma, beta, w_out, b_out,
-        mix=getattr(mca, mix), rotate=ROTATIONS[layout], rows=rows, documents=DOCUMENTS[documents],
-        **_rule(chunk, scale, kernel, normaliser),
+        mix=getattr(of.mixed_chunk_attention, mix), rotate=layouts(of)[layout], rows=rows,
+        documents=_documents(of, documents), **_rule(of, chunk, scale, kernel, normaliser),
     )  # fmt: skip
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from hypothesis import strategies as st
 
 from conformance.budget import MP, Arithmetic, Ball, Profile, concatenate, cos, round_to, sin
-from conformance.case import Case, Function, Operator
+from conformance.case import SPEC, Case, Function, Operator, Package
 from conformance.generate import Draw, drawn
 from conformance.law import Law, close, equal, run
 from conformance.mutant import Mutant
@@ -24,25 +24,31 @@ PARTIAL = ROTATIONS[2:]
 
 
 # What is called: positions and base enter, so that the precision of the angles is judged as well.
-def _angles(positions: np.ndarray, width: int, base: float) -> np.ndarray:
-    return rope.angles(positions, rope.frequencies(width, base=base))[..., None, :]
+def layouts(of: Package) -> dict[str, Function]:
+    """The rotations of whole vectors that a case may name."""
+    return {"interleaved": of.rope.rotate_interleaved, "half_split": of.rope.rotate_half_split}
 
 
-def _rotate_interleaved(x: np.ndarray, positions: np.ndarray, base: float) -> np.ndarray:
-    return rope.rotate_interleaved(x, _angles(positions, x.shape[-1], base))
+def _angles(positions: Any, width: int, base: float, of: Package = SPEC) -> Any:
+    return of.rope.angles(positions, of.rope.frequencies(width, base=base))[..., None, :]
 
 
-def _rotate_half_split(x: np.ndarray, positions: np.ndarray, base: float) -> np.ndarray:
-    return rope.rotate_half_split(x, _angles(positions, x.shape[-1], base))
+def _rotate_interleaved(x: Any, positions: Any, base: float, *, of: Package = SPEC) -> Any:
+    return of.rope.rotate_interleaved(x, _angles(positions, x.shape[-1], base, of))
 
 
-def _rotate_contiguous(x: np.ndarray, positions: np.ndarray, base: float, rotary_width: int, layout: str) -> np.ndarray:
-    rotate = {"interleaved": rope.rotate_interleaved, "half_split": rope.rotate_half_split}[layout]
-    return rope.rotate_contiguous(x, _angles(positions, rotary_width, base), rotate)
+def _rotate_half_split(x: Any, positions: Any, base: float, *, of: Package = SPEC) -> Any:
+    return of.rope.rotate_half_split(x, _angles(positions, x.shape[-1], base, of))
 
 
-def _rotate_proportional(x: np.ndarray, positions: np.ndarray, base: float, rotary_width: int) -> np.ndarray:
-    return rope.rotate_proportional(x, _angles(positions, x.shape[-1], base)[..., : rotary_width // 2])
+def _rotate_contiguous(
+    x: Any, positions: Any, base: float, rotary_width: int, layout: str, *, of: Package = SPEC
+) -> Any:
+    return of.rope.rotate_contiguous(x, _angles(positions, rotary_width, base, of), layouts(of)[layout])
+
+
+def _rotate_proportional(x: Any, positions: Any, base: float, rotary_width: int, *, of: Package = SPEC) -> Any:
+    return of.rope.rotate_proportional(x, _angles(positions, x.shape[-1], base, of)[..., : rotary_width // 2])
 
 
 # References.

@@ -3,39 +3,42 @@
 from __future__ import annotations
 
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 from hypothesis import strategies as st
 
 from conformance.budget import DTYPES, LIBM, MP, Arithmetic, Ball, Profile, einsum, gamma, sqrt, where
-from conformance.case import Case, Function, Operator
+from conformance.case import SPEC, Case, Function, Operator
 from conformance.generate import Draw, drawn
 from conformance.law import Law, close, equal, run
 from conformance.mutant import Mutant
 from refimpl.ops import whitening
-from refimpl.ops.whitening import Moments
 
 
 # What an implementation is called with: flat arguments.
-def _moments(x):
-    m = whitening.moments(x)
+def _moments(x, *, of=SPEC):
+    m = of.whitening.moments(x)
     return m.mean, m.scatter
 
 
-def _moments_streamed(x, sizes):
+def _moments_streamed(x, sizes, *, of=SPEC):
     """x cut into blocks of these sizes; what is left is the last block."""
-    m = whitening.moments_streamed(np.split(x, np.cumsum(sizes)))
+    cuts = [sum(sizes[:i]) for i in range(len(sizes) + 1)]
+    blocks = [*(x[a:b] for a, b in pairwise(cuts)), x[cuts[-1] :]]
+    m = of.whitening.moments_streamed(blocks)
     return m.mean, m.scatter
 
 
-def _merge(count_a, mean_a, scatter_a, count_b, mean_b, scatter_b):
-    m = whitening.merge(Moments(count_a, mean_a, scatter_a), Moments(count_b, mean_b, scatter_b))
+def _merge(count_a, mean_a, scatter_a, count_b, mean_b, scatter_b, *, of=SPEC):
+    family = of.whitening
+    m = family.merge(family.Moments(count_a, mean_a, scatter_a), family.Moments(count_b, mean_b, scatter_b))
     return m.mean, m.scatter
 
 
-def _covariance(count, mean, scatter, beta):
-    return whitening.covariance(Moments(count, mean, scatter), beta=beta)
+def _covariance(count, mean, scatter, beta, *, of=SPEC):
+    return of.whitening.covariance(of.whitening.Moments(count, mean, scatter), beta=beta)
 
 
 # References.
