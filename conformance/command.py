@@ -246,6 +246,12 @@ def ops(
     write: Annotated[
         Path | None, typer.Option("--stub", metavar="F", help="Write the adapter stub to a file to fill in.")
     ] = None,
+    onnx: Annotated[
+        Path | None,
+        typer.Option("--onnx", metavar="F", help="Write the operator's own ONNX graph, as it is judged, to a file."),
+    ] = None,
+    opset: Annotated[int, typer.Option(help="With --onnx: 20 (primitives) or 23.")] = 20,
+    dtype: Annotated[str, typer.Option(help="With --onnx: float32 or float64.")] = "float32",
 ) -> None:
     """The operators: all of them with the layers that have them, or one with arguments, clauses and an adapter stub."""
     with told():
@@ -255,6 +261,9 @@ def ops(
         chosen = [op for op in OPERATORS() if selected(op, [name])]
         if not chosen:
             raise AdapterError(f"ops: no operator or family {name!r}; `refimpl ops` lists them")
+        if onnx is not None:
+            _write_graph(name, onnx, opset, dtype)
+            return
         for op in chosen:
             console.print(f"[bold]{op}[/bold]\n")
             console.print(escape(textwrap.indent(inspect.cleandoc(stub.documentation(op)), "  ")), soft_wrap=True)
@@ -270,6 +279,21 @@ def ops(
                 "[bold]An adapter to fill in[/bold] (save as my_adapter.py, then: refimpl check python:my_adapter.py)\n"
             )
             console.print(escape(text), soft_wrap=True)
+
+
+def _write_graph(name: str, path: Path, opset: int, dtype: str) -> None:
+    if name not in OPERATORS():
+        raise AdapterError(f"ops --onnx: expected one operator, received {name!r}")
+    try:
+        from conformance.adapters import graphs
+
+        fixed = graphs.write(name, path, opset=opset, dtype=dtype)
+    except ImportError as error:
+        raise AdapterError(
+            f"ops --onnx: {error.name or error} is not installed; pip install 'refimpl[export]'"
+        ) from None
+    listed = ", ".join(f"{argument} axis {axis} = {size}" for (argument, axis), size in fixed.items()) or "none"
+    console.print(f"wrote {path} (opset {opset}, {dtype}); sizes that it fixes: {escape(listed)}", soft_wrap=True)
 
 
 LAYERS = ("refimpl", "torchimpl", "export")

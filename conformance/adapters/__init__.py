@@ -22,6 +22,8 @@ class Implementation:
     """Functions by operator name, under one declared precision. What is not in `functions` is not claimed.
 
     laws: False leaves this one to the vectors, where a sibling that differs in the order of sums only has the laws.
+    variant: what tells this one from its siblings in a report, where they are shown as rows of their own.
+    examples: the most drawn cases a law sees, where every one costs much (a graph has to be written and loaded).
     """
 
     name: str
@@ -29,13 +31,20 @@ class Implementation:
     profile: Profile
     version: str = ""
     laws: bool = True
+    examples: int | None = None
+    variant: str = ""
 
 
 # Command-line name -> (module of this folder, extra that installs what it adapts).
 ADAPTERS = {
     "spec": ("spec", "conformance"),
+    "torchimpl": ("torchimpl", "torch"),
+    "torchimpl-compiled": ("torchimpl_compiled", "torch"),
+    "cuda": ("cuda", "torch"),
+    "onnxruntime": ("onnx_runtime", "export"),
+    "onnx-reference": ("onnx_reference", "export"),
     "torch": ("pytorch", "torch"),
-    "onnxruntime": ("onnx_runtime", "demo"),
+    "onnxruntime-kernels": ("onnx_runtime_kernels", "demo"),
     "rotary-embedding-torch": ("rotary_embedding_torch", "demo"),
     "FLASH-pytorch": ("flash_pytorch", "demo"),
     "peft": ("peft", "demo"),

@@ -274,10 +274,10 @@ def implementations() -> tuple[Implementation, ...]:
         return Implementation(name, functions, Profile(dtype, profile, "A64"), version)
 
     return (
-        made("onnxruntime", "float64", "strict", SINGLE),
-        made("onnxruntime", "float32", "strict", SINGLE | NOT_DOUBLE | FUSED),
-        made("onnxruntime", "float16", "strict", SINGLE | NOT_DOUBLE),
-        made("onnxruntime, float16 inside", "float16", "fused", FUSED),
-        made("onnxruntime pattern, optimised", "float64", "strict", PATTERN),
-        made("onnxruntime pattern, optimised", "float32", "strict", PATTERN),
+        made("onnxruntime-kernels", "float64", "strict", SINGLE),
+        made("onnxruntime-kernels", "float32", "strict", SINGLE | NOT_DOUBLE | FUSED),
+        made("onnxruntime-kernels", "float16", "strict", SINGLE | NOT_DOUBLE),
+        made("onnxruntime-kernels, float16 inside", "float16", "fused", FUSED),
+        made("onnxruntime-kernels pattern, optimised", "float64", "strict", PATTERN),
+        made("onnxruntime-kernels pattern, optimised", "float32", "strict", PATTERN),
     )

@@ -11,10 +11,8 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-import numpy as np
-
 from conformance.adapters import Implementation
-from conformance.adapters.tensors import to_array, to_tensor
+from conformance.adapters.tensors import on_arrays
 from conformance.budget import DTYPES, Profile
 from conformance.case import Function, Unsupported
 
@@ -272,19 +270,6 @@ COMPOSED: dict[str, Function] = {
 }
 
 
-def _on_arrays(function: Function) -> Function:
-    """A function on tensors, as the judge calls it: arrays in, arrays out."""
-
-    def call(**arguments: Any) -> Any:
-        import torch
-
-        with torch.no_grad():
-            made = function(**{k: to_tensor(v) if isinstance(v, np.ndarray) else v for k, v in arguments.items()})
-        return tuple(map(to_array, made)) if isinstance(made, tuple) else to_array(made)
-
-    return call
-
-
 def implementations() -> tuple[Implementation, ...]:
     """Every kernel in the formats it has; in 16 bits under the arithmetic that it declares."""
     import torch
@@ -293,7 +278,7 @@ def implementations() -> tuple[Implementation, ...]:
     torch.set_num_threads(1)
 
     def made(name: str, dtype: str, profile: str, functions: dict[str, Function]) -> Implementation:
-        called = {op: _on_arrays(f) for op, f in functions.items()}
+        called = {op: on_arrays(f) for op, f in functions.items()}
         return Implementation(name, called, Profile(dtype, profile, "A64"), torch.__version__)
 
     flash: dict[str, Function] = {"attention.attend": partial(attend, backend="FLASH_ATTENTION")}

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from conformance.case import storage_type
+from conformance.case import Function, as_tuple, storage_type
 
 
 def to_tensor(array: np.ndarray) -> Any:
@@ -28,7 +28,28 @@ def to_array(tensor: Any) -> np.ndarray:
     """A NumPy array in the tensor's own format."""
     import torch
 
-    tensor = tensor.detach().contiguous()
+    tensor = tensor.detach().cpu().contiguous()
     if tensor.dtype == torch.bfloat16:
         return tensor.view(torch.int16).numpy().view(storage_type("bfloat16"))
     return tensor.numpy()
+
+
+def to_arrays(made: Any) -> Any:
+    """What an operator returned, tensors turned into arrays: one, or a flat tuple of several."""
+    import torch
+
+    found = tuple(to_array(leaf) if isinstance(leaf, torch.Tensor) else leaf for leaf in as_tuple(made))
+    return found if isinstance(made, tuple) else found[0]
+
+
+def on_arrays(function: Function, device: str = "cpu") -> Function:
+    """A function on tensors, as the judge calls it: arrays in, arrays out, no gradients."""
+
+    def call(**arguments: Any) -> Any:
+        import torch
+
+        with torch.no_grad():
+            given = {k: to_tensor(v).to(device) if isinstance(v, np.ndarray) else v for k, v in arguments.items()}
+            return to_arrays(function(**given))
+
+    return call

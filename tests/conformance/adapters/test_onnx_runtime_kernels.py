@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from conformance import demo, vectors
-from conformance.adapters import onnx_runtime
+from conformance.adapters import onnx_runtime_kernels
 from conformance.budget import Profile
 from conformance.case import OPERATORS, Unsupported, cases
 from conformance.verdict import judge
@@ -15,8 +15,8 @@ from conformance.verdict import judge
 pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
 
-IMPLEMENTATIONS = onnx_runtime.implementations()
-DEVIATIONS = demo.deviations("onnxruntime")
+IMPLEMENTATIONS = onnx_runtime_kernels.implementations()
+DEVIATIONS = demo.deviations("onnxruntime-kernels")
 FIRST = {}
 # An inexact case, where the operator has one.
 for case in sorted(cases(), key=lambda c: c.exact):

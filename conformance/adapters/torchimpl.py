@@ -1,0 +1,77 @@
+"""The project's own PyTorch operators: eager in four formats, and captured whole by torch.compile.
+
+float64 and float32 are strict. In 16 bits every operator computes its islands in float32 but rounds what passes from
+one part to the next, which is the eager profile; STRICT names those that round once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from conformance.adapters import Implementation
+from conformance.adapters.tensors import on_arrays, to_arrays, to_tensor
+from conformance.budget import DTYPES, Profile
+from conformance.case import OPERATORS, Function, Package, families
+
+# One rounding, of the output: everything inside is float32 or better.
+STRICT = ("activation.", "norm.", "rope.", "attention_kernel.")
+
+
+def compiled(function: Function, backend: str, device: str = "cpu") -> Function:
+    """`function` as one graph of torch.compile, sizes open; numbers, names and None are part of the graph."""
+    graphs: dict[Any, Any] = {}
+
+    def call(**arguments: Any) -> Any:
+        import torch
+
+        tensors = {k: to_tensor(v).to(device) for k, v in arguments.items() if isinstance(v, np.ndarray)}
+        fixed = {k: v for k, v in arguments.items() if k not in tensors}
+        key = repr(fixed), tuple((k, t.dtype, t.ndim) for k, t in tensors.items())
+        if key not in graphs:
+            graphs[key] = torch.compile(
+                lambda given: function(**given, **fixed), fullgraph=True, dynamic=True, backend=backend
+            )
+        with torch.no_grad():
+            return to_arrays(graphs[key](tensors))
+
+    return call
+
+
+def rows(
+    *, eager: Sequence[str] = DTYPES, captured: Sequence[str] = (), backend: str = "aot_eager", device: str = "cpu"
+) -> tuple[Implementation, ...]:
+    """Eager rows in some formats, then rows compiled by `backend`, where the laws are left to the eager ones."""
+    import torch
+
+    torch.set_num_threads(1)
+    # Every case of the corpus may ask for a graph of its own; the number of results may depend on values.
+    torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 1 << 20
+    torch._dynamo.config.capture_dynamic_output_shape_ops = True
+    # Numbers of a case are configuration: sizes stay open, numbers are part of the graph.
+    torch._dynamo.config.specialize_float = torch._dynamo.config.specialize_int = True
+    package = Package("torchimpl.ops")
+    for family in families():
+        getattr(package, family)
+    calls = {name: operator.of(package) for name, operator in OPERATORS().items()}
+    found = []
+    for variant, formats in (("", eager), ("compiled", captured)):
+        for dtype in formats:
+            made = {
+                op: compiled(f, backend, device) if variant else on_arrays(f, device) for op, f in calls.items()
+            }  # fmt: skip
+            strict = {op: f for op, f in made.items() if not Profile(dtype).sixteen_bit or op.startswith(STRICT)}
+            rest = {op: f for op, f in made.items() if op not in strict}
+            version = f"torch {torch.__version__}, {backend if variant else 'eager'}, {device}"
+            for functions, profile in ((strict, "strict"), (rest, "eager")):
+                if functions:
+                    name, declared = f"torchimpl {variant}".strip(), Profile(dtype, profile, "A64")
+                    found.append(Implementation(name, functions, declared, version, not variant, variant=variant))
+    return tuple(found)
+
+
+def implementations() -> tuple[Implementation, ...]:
+    """Every format eagerly; float32 captured as one graph, without the minutes that generating its code would take."""
+    return rows(captured=("float32",))

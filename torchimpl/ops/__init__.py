@@ -1,0 +1,1 @@
+"""One file per operator family, as in refimpl/ops."""
