@@ -385,6 +385,22 @@ def einsum(subscripts: str, *operands: Any, length: int | None = None) -> Ball:
     return _contracted(mid, rad, total, length, max(len(balls) - 1, 1), arithmetic)
 
 
+def begun(start: Ball, product: Ball, terms: int) -> Ball:
+    """start + product, where the sum of `terms` products may begin with start, as in GEMM.
+
+    The start then passes every addition; that shows where it outweighs the products.
+    """
+    made = start + product
+    extra = gamma(terms, made.arithmetic.unit) * start.magnitude
+    return Ball(made.mid, made.rad + np.broadcast_to(extra, made.shape), made.arithmetic)
+
+
+def affine(x: Ball, w: Ball, b: Ball | None) -> Ball:
+    """x w + b, a dense layer."""
+    product = einsum("...i,io->...o", x, w, length=w.shape[0] + 2)
+    return product if b is None else begun(b, product, w.shape[0] + 1)
+
+
 def _sizes(term: str, shape: tuple[int, ...]) -> list[tuple[str, int]]:
     letters = term.replace("...", "")
     return list(zip(letters, shape[len(shape) - len(letters) :], strict=True))

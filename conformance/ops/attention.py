@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from hypothesis import strategies as st
 
-from conformance.budget import Arithmetic, Ball, Profile, einsum, round_to
+from conformance.budget import Arithmetic, Ball, Profile, affine, einsum, round_to
 from conformance.case import SPEC, Case, Function, Operator, Package
 from conformance.generate import Draw, drawn
 from conformance.law import Law, close, equal, run
@@ -108,8 +108,7 @@ def attend_rotated_values(
 
 def project(a: Arithmetic, x: Ball, w: Ball, b: Ball | None) -> Ball:
     """x W + b; the bias may be the first summand of the accumulator."""
-    product = einsum("...i,io->...o", x, w, length=w.shape[0] + 2)
-    return product if b is None else product + b
+    return affine(x, w, b)
 
 
 def cross_attention(

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from hypothesis import strategies as st
 
-from conformance.budget import Arithmetic, Ball, Profile, concatenate, einsum, sqrt, where
+from conformance.budget import Arithmetic, Ball, Profile, affine, concatenate, einsum, sqrt, where
 from conformance.case import Case, Function, Operator
 from conformance.generate import Draw, drawn
 from conformance.law import Law, Output, close, equal, run
@@ -24,12 +24,12 @@ POINTERS = (GLOBAL, EFFICIENT)
 
 def classify(a: Arithmetic, x: Ball, kernel: Ball, bias: Ball) -> Ball:
     """x kernel + bias."""
-    return x @ kernel + bias
+    return affine(x, kernel, bias)
 
 
 def choose(a: Arithmetic, x: Ball, kernel: Ball, bias: Ball, mask: np.ndarray) -> Ball:
     """One score per choice; -inf where masked."""
-    return where(mask, (x @ kernel + bias)[..., 0], -np.inf)
+    return where(mask, affine(x, kernel, bias)[..., 0], -np.inf)
 
 
 def _masked(scores: Ball, mask: np.ndarray) -> Ball:
@@ -45,7 +45,7 @@ def global_pointer(
 ) -> Ball:
     """Head by head: query and key of width s, rotated, multiplied, divided by sqrt(s)."""
     s = kernel.shape[-1] // (2 * heads)
-    z = (x @ kernel + bias).stored()
+    z = affine(x, kernel, bias).stored()
     every = []
     for h in range(heads):
         q = rotate(a, z[..., 2 * s * h : 2 * s * h + s], positions, base).stored()
@@ -67,10 +67,10 @@ def efficient_global_pointer(
 ) -> Ball:
     """A shared product of even and odd channels, plus half an end and half a start term per type."""
     s = kernel.shape[-1] // 2
-    z = (x @ kernel + bias).stored()
+    z = affine(x, kernel, bias).stored()
     q, k = rotate(a, z[..., 0::2], positions, base).stored(), rotate(a, z[..., 1::2], positions, base).stored()
     shared = (einsum("...ns,...ms->...nm", q, k).stored() / sqrt(a.exact(float(s)))).stored()
-    t = ((z @ type_kernel + type_bias) * 0.5).stored().swapaxes(-1, -2)
+    t = (affine(z, type_kernel, type_bias) * 0.5).stored().swapaxes(-1, -2)
     # Either order of the two additions.
     scores = shared[..., None, :, :] + t[..., 0::2, None, :] + t[..., 1::2, :, None]
     total = shared.magnitude[..., None, :, :] + t.magnitude[..., 0::2, None, :] + t.magnitude[..., 1::2, :, None]

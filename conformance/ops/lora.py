@@ -19,6 +19,7 @@ from conformance.budget import (
     Arithmetic,
     Ball,
     Profile,
+    begun,
     einsum,
     gamma,
     half_subnormal,
@@ -79,11 +80,11 @@ def apply(a: Arithmetic, x: Ball, W: Ball, A: Ball, B: Ball, scale: float) -> Ba
 
 
 def merge(a: Arithmetic, W: Ball, A: Ball, B: Ball, scale: float) -> Ball:
-    return W + delta(a, A, B, scale)
+    return begun(W, delta(a, A, B, scale), A.shape[1] + 1)
 
 
 def unmerge(a: Arithmetic, W: Ball, A: Ball, B: Ball, scale: float) -> Ball:
-    return W - delta(a, A, B, scale)
+    return begun(W, -delta(a, A, B, scale), A.shape[1] + 1)
 
 
 def merge_symmetric(a: Arithmetic, W: Ball, A: Ball, B: Ball, A_0: Ball, B_0: Ball, scale: float) -> Ball:

@@ -21,6 +21,7 @@ from conformance.budget import (
     Arithmetic,
     Ball,
     Profile,
+    affine,
     concatenate,
     einsum,
     erf,
@@ -271,8 +272,7 @@ def _unit_reference(
     scale: float, kernel: str, normaliser: str, documents: str | None,
 ) -> Ball:  # fmt: skip
     e = w_out.shape[0]
-    whole = x @ w_in
-    whole = silu((whole if b_in is None else whole + b_in).stored()).stored()
+    whole = silu(affine(x, w_in, b_in).stored()).stored()
     u, v, z = whole[..., :e], whole[..., e : 2 * e], whole[..., 2 * e :]
     heads = _heads_reference(a, z, gamma, beta, rows)
     if positions is not None:
@@ -280,8 +280,7 @@ def _unit_reference(
     heads = tuple(head.stored() for head in heads)
     pairs = dense(mix, _valid(key_mask, v), segments, chunk, normaliser, documents)
     y = mixed(a, pairs, (*heads, v), bias, chunk, scale, kernel).stored()
-    y = (u * y).stored() @ w_out
-    return y if b_out is None else y + b_out
+    return affine((u * y).stored(), w_out, b_out)
 
 
 def _same_document(a: Arithmetic, segments: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

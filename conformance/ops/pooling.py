@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from hypothesis import strategies as st
 
-from conformance.budget import Arithmetic, Ball, Profile, einsum, tanh
+from conformance.budget import Arithmetic, Ball, Profile, affine, einsum, tanh
 from conformance.case import Case, Function, Operator
 from conformance.generate import Draw, drawn
 from conformance.law import Law, Output, close, equal, run
@@ -38,7 +38,7 @@ def first_last_average(a: Arithmetic, first: Ball, last: Ball, mask: np.ndarray)
 
 def pooler_linear(a: Arithmetic, x: Ball, kernel: Ball, bias: Ball) -> Ball:
     """x_0 kernel + bias."""
-    return x[..., 0, :] @ kernel + bias
+    return affine(x[..., 0, :], kernel, bias)
 
 
 def pooler_tanh(a: Arithmetic, x: Ball, kernel: Ball, bias: Ball) -> Ball:

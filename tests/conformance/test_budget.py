@@ -268,3 +268,17 @@ def test_softmax_counts_both_exponentials():
     off = (1 + 8 * U32) / ((1 + 8 * U32) + (1 - 8 * U32)), 1 / (1 + (1 - 16 * U32) * (1 - U32) ** 6)
     ball = softmax(F32.exact(scores), np.ones(2, bool))
     assert all(abs(o - 0.5) <= ball.rad[0] for o in off) and ball.rad[0] >= 0.5 * float(gamma(2 + 6 + 16, U32)) * 0.999
+
+
+def test_a_sum_that_begins_with_the_bias_is_within_the_bound():
+    """b + x_1 w_1 + ... one by one: every addition rounds a number of the bias's size (GEMM with beta = 1)."""
+    n, profile = 64, Profile("float32")
+    x, w = np.full((1, n), 2.0**-25), np.ones((n, 1))
+    b = np.array([1.0])
+    total = np.float32(1)
+    for i in range(n):
+        total = np.float32(total + np.float32(x[0, i]) * np.float32(w[i, 0]))
+    made = budget.affine(*(Arithmetic(profile).exact(v) for v in (x, w)), Arithmetic(profile).exact(b))
+    error = abs(float(total) - float(made.value[0, 0]))
+    # No addition moves the 1; one rounding of the whole, and of a sum of 2^-19, would not cover that.
+    assert 2.0**-20 < error <= made.rad[0, 0]
