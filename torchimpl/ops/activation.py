@@ -1,0 +1,64 @@
+"""Elementwise activations and the positive feature map of linear attention.
+
+silu(x) = x sigmoid(x),  gelu(x) = x Phi(x),  elu_plus_one(x) = elu(x) + 1
+
+Specification: refimpl/ops/activation.py. Every function is formed in float32 for 16-bit input and rounded once.
+"""
+
+import math
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn import functional
+
+from torchimpl import check
+
+# Coefficient of the cubic term in the tanh form of gelu, which torch's kernel holds as well; Hendrycks and Gimpel 2016.
+GELU_CUBIC = 0.044715
+
+
+def relu(x: Float[Tensor, "*b"]) -> Float[Tensor, "*b"]:
+    """The positive part of x; its derivative at 0 is 0.
+
+    Raises: DomainError unless x is a floating tensor.
+    """
+    return functional.relu(check.real("activation.relu", "x", x))
+
+
+def silu(x: Float[Tensor, "*b"]) -> Float[Tensor, "*b"]:
+    """x times its own logistic function.
+
+    Raises: DomainError unless x is a floating tensor.
+    """
+    return functional.silu(check.real("activation.silu", "x", x))
+
+
+def gelu_erf(x: Float[Tensor, "*b"]) -> Float[Tensor, "*b"]:
+    """x times the standard normal distribution function.
+
+    Formed with erfc: torch's own gelu is 1 + erf, which is 0 below about -5.5 in float32, and on the CPU its erf is an
+    approximation that is off by several units elsewhere.
+    Raises: DomainError unless x is a floating tensor.
+    """
+    wide = check.island(check.real("activation.gelu_erf", "x", x))
+    return (wide * torch.special.erfc(wide * -math.sqrt(0.5)) / 2).to(x.dtype)
+
+
+def gelu_tanh(x: Float[Tensor, "*b"]) -> Float[Tensor, "*b"]:
+    """The tanh approximation of gelu.
+
+    torch's kernel forms 1 + tanh: accurate against abs(x), 0 far below 0.
+    Raises: DomainError unless x is a floating tensor.
+    """
+    return functional.gelu(check.real("activation.gelu_tanh", "x", x), approximate="tanh")
+
+
+def elu_plus_one(x: Float[Tensor, "*b"]) -> Float[Tensor, "*b"]:
+    """elu(x) + 1: x + 1 above 0, exp(x) with full relative accuracy below; its derivative at 0 is 1.
+
+    Raises: DomainError unless x is a floating tensor.
+    """
+    wide = check.island(check.real("activation.elu_plus_one", "x", x))
+    # relu has slope 0 at 0 and clamp has slope 1: the other way round the slopes would add up to 2 or 0.
+    return (functional.relu(wide) + torch.exp(wide.clamp(max=0))).to(x.dtype)

@@ -1,0 +1,252 @@
+"""Mixed chunk attention (FLASH): quadratic attention inside chunks of c tokens, linear attention between them.
+
+    o_i = (1/N_loc) Σ_(j in chunk of i) kernel(scale q_quad_i·k_quad_j + bias_ij) v_j + (1/N_lin) q_lin_i Σ_h S_h
+    S_h = Σ_(j in chunk h) k_lin_jᵀ v_j
+
+Specification: refimpl/ops/mixed_chunk_attention.py. In 16 bits scores, kernels and the sums over chunks are float32;
+products with values stay in the storage format, except in float16, which sums of values leave: there all of them are
+float32, from the scores to the mixed values.
+"""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from torch.nn import functional
+
+from torchimpl import check
+from torchimpl.ops import gau, rope
+from torchimpl.ops.attention import project
+
+# Rows of gamma and beta that make (q_quad, k_quad, q_lin, k_lin): the paper's pseudo-code, and FLASH-pytorch.
+ROWS_PAPER = (0, 1, 2, 3)
+ROWS_LUCIDRAINS = (0, 2, 1, 3)
+
+
+class Reach(NamedTuple):
+    """What every row reads, in counts: all that a normaliser may know. G chunks of c rows, the padded tail included."""
+
+    chunk: int
+    # Tokens in the array (while streaming: seen so far), masked ones included, tail padding not.
+    tokens: int
+    # Chunks whose sum S_h the row reads; visible keys in its own chunk; visible keys inside those S_h.
+    chunks: Int[Tensor, "*_b _G _c"]
+    local: Int[Tensor, "*_b _G _c"]
+    linear: Int[Tensor, "*_b _G _c"]
+
+
+class Lengths(NamedTuple):
+    """N_loc and N_lin, one for all rows or one per row. Where a length is 0 that part of the output is 0."""
+
+    local: Int[Tensor, "..."] | int
+    linear: Int[Tensor, "..."] | int
+
+
+class Documents(NamedTuple):
+    """How packed documents are kept apart: tokens share a document column of `member`, chunk g reads the S_h of h."""
+
+    member: Bool[Tensor, "*_b _G _c _D"]
+    reads: Bool[Tensor, "*_b _G _G"]
+
+
+class Heads(NamedTuple):
+    """The four scaled and shifted copies of the shared features, in the order in which the operators take them."""
+
+    q_quad: Float[Tensor, "*b n s"]
+    k_quad: Float[Tensor, "*b n s"]
+    q_lin: Float[Tensor, "*b n s"]
+    k_lin: Float[Tensor, "*b n s"]
+
+
+class State(NamedTuple):
+    """A causal stream: the sum S over complete chunks, their number and valid tokens, and the open chunk's buffer."""
+
+    summary: Float[Tensor, "*b s e"]
+    chunks: int
+    counted: Int[Tensor, "*b"]
+    k_quad: Float[Tensor, "*b f s"]
+    k_lin: Float[Tensor, "*b f s"]
+    v: Float[Tensor, "*b f e"]
+    valid: Bool[Tensor, "*b f"]
+
+
+def su(reach: Reach) -> Lengths:
+    """N_loc = c, N_lin = the tokens of the chunks read, masked ones too: n, or causally (g-1) c for chunk g."""
+    return Lengths(reach.chunk, (reach.chunks * reach.chunk).clamp(max=reach.tokens))
+
+
+def paper(reach: Reach) -> Lengths:
+    """N_loc = 1 (scores are divided by c before the kernel), N_lin = c times the number of chunks read."""
+    return Lengths(1, reach.chunks * reach.chunk)
+
+
+def lucidrains(reach: Reach) -> Lengths:
+    """N_loc = 1, N_lin = n without the tail padding, masked tokens included: not for causal use."""
+    return Lengths(1, reach.tokens)
+
+
+def lucidrains_causal(reach: Reach) -> Lengths:
+    """N_loc = 1, N_lin = c whatever the number of chunks, so that the linear part grows with the position."""
+    return Lengths(1, reach.chunk)
+
+
+def unnormalised(reach: Reach) -> Lengths:
+    """N_loc = N_lin = 1."""
+    return Lengths(1, 1)
+
+
+def visible(reach: Reach) -> Lengths:
+    """N_loc = the visible keys of the row's chunk, N_lin = the visible keys of the chunks read; padding never counts."""
+    return Lengths(reach.local, reach.linear)
+
+
+def identity(scores: Float[Tensor, "*s"], mask: Bool[Tensor, "..."] | None) -> Float[Tensor, "*s"]:
+    """An attention kernel whose weight is the score itself, and 0 where masked: that of the fast weight layers."""
+    check.real("mixed_chunk_attention.identity", "scores", scores)
+    if mask is None:
+        return scores
+    return scores.masked_fill(~check.boolean("mixed_chunk_attention.identity", "mask", mask), 0)
+
+
+def same_document(segments: Int[Tensor, "..."]) -> Documents:
+    """Exact separation: a token reads its own segment id only, in its chunk and in every sum.
+
+    One column per id that occurs: the host waits for their number, and a graph captured whole has it as an open size
+    (torch._dynamo.config.capture_dynamic_output_shape_ops). The linear part costs as many times more as there are ids.
+    Raises: ShapeError unless segments are (..., G, c); DomainError unless they are integers.
+    """
+    segments = _chunked_ids("mixed_chunk_attention.same_document", segments)
+    member = segments[..., None] == torch.unique(segments)
+    shape = (*segments.shape[:-1], segments.shape[-2])
+    return Documents(member, torch.ones(shape, dtype=torch.bool, device=segments.device))
+
+
+def overlapping_chunks(segments: Int[Tensor, "..."]) -> Documents:
+    """The paper's separation: chunk g reads S_h where the ranges [least id, largest id] of both chunks meet.
+
+    Raises: as `same_document`.
+    """
+    segments = _chunked_ids("mixed_chunk_attention.overlapping_chunks", segments)
+    low, high = segments.aminmax(dim=-1)
+    reads = (low[..., :, None] <= high[..., None, :]) & (high[..., :, None] >= low[..., None, :])
+    return Documents(torch.ones_like(segments, dtype=torch.bool)[..., None], reads)
+
+
+def bidirectional(
+    q_quad: Float[Tensor, "*b n s"],
+    k_quad: Float[Tensor, "..."],
+    q_lin: Float[Tensor, "..."],
+    k_lin: Float[Tensor, "..."],
+    v: Float[Tensor, "..."],
+    key_mask: Bool[Tensor, "..."] | None = None,
+    segments: Int[Tensor, "..."] | None = None,
+    bias: Float[Tensor, "..."] | None = None,
+    *,
+    chunk: int,
+    scale: float,
+    kernel: Callable[..., Tensor],
+    normaliser: Callable[[Reach], Lengths],
+    documents: Callable[[Tensor], Documents] | None = None,
+) -> Float[Tensor, "*b n _"]:
+    """Every token reads its own chunk quadratically and the sums of all chunks, its own included, linearly.
+
+    Without documents there is one sum, of all tokens.
+    Raises: ShapeError for shapes that do not fit; DomainError for dtypes, a chunk that is no integer of at least 1, a
+    scale that is not finite, or only one of segments and documents.
+    """
+    rule = _Rule(chunk, scale, kernel, normaliser, documents)
+    heads = (q_quad, k_quad, q_lin, k_lin, v)
+    return _mix(_checked("mixed_chunk_attention.bidirectional", heads, key_mask, segments, bias, rule), rule, None)
+
+
+def causal(
+    q_quad: Float[Tensor, "*b n s"],
+    k_quad: Float[Tensor, "..."],
+    q_lin: Float[Tensor, "..."],
+    k_lin: Float[Tensor, "..."],
+    v: Float[Tensor, "..."],
+    key_mask: Bool[Tensor, "..."] | None = None,
+    segments: Int[Tensor, "..."] | None = None,
+    bias: Float[Tensor, "..."] | None = None,
+    *,
+    chunk: int,
+    scale: float,
+    kernel: Callable[..., Tensor],
+    normaliser: Callable[[Reach], Lengths],
+    documents: Callable[[Tensor], Documents] | None = None,
+) -> Float[Tensor, "*b n _"]:
+    """Every token reads its chunk up to itself quadratically and the sums of strictly earlier chunks linearly.
+
+    Raises: as `bidirectional`.
+    """
+    rule = _Rule(chunk, scale, kernel, normaliser, documents)
+    heads = (q_quad, k_quad, q_lin, k_lin, v)
+    return _mix(_checked("mixed_chunk_attention.causal", heads, key_mask, segments, bias, rule), rule, 0)
+
+
+def causal_strict(
+    q_quad: Float[Tensor, "*b n s"],
+    k_quad: Float[Tensor, "..."],
+    q_lin: Float[Tensor, "..."],
+    k_lin: Float[Tensor, "..."],
+    v: Float[Tensor, "..."],
+    key_mask: Bool[Tensor, "..."] | None = None,
+    segments: Int[Tensor, "..."] | None = None,
+    bias: Float[Tensor, "..."] | None = None,
+    *,
+    chunk: int,
+    scale: float,
+    kernel: Callable[..., Tensor],
+    normaliser: Callable[[Reach], Lengths],
+    documents: Callable[[Tensor], Documents] | None = None,
+) -> Float[Tensor, "*b n _"]:
+    """As `causal`, but no token reads itself: the local sum runs over j < i.
+
+    Raises: as `bidirectional`.
+    """
+    rule = _Rule(chunk, scale, kernel, normaliser, documents)
+    heads = (q_quad, k_quad, q_lin, k_lin, v)
+    return _mix(_checked("mixed_chunk_attention.causal_strict", heads, key_mask, segments, bias, rule), rule, -1)
+
+
+def initial_state(*, batch: tuple[int, ...], s: int, e: int) -> State:
+    """The state before the first token, in torch's default dtype and on its default device.
+
+    `step` takes it to the dtype and the device of the tokens.
+    """
+    none, valid = torch.zeros(*batch, 0, s), torch.zeros(*batch, 0, dtype=torch.bool)
+    return State(torch.zeros(*batch, s, e), 0, valid.sum(dim=-1), none, none, torch.zeros(*batch, 0, e), valid)
+
+
+def step(
+    state: State,
+    q_quad: Float[Tensor, "*b n s"],
+    k_quad: Float[Tensor, "..."],
+    q_lin: Float[Tensor, "..."],
+    k_lin: Float[Tensor, "..."],
+    v: Float[Tensor, "..."],
+    key_mask: Bool[Tensor, "..."] | None = None,
+    bias: Float[Tensor, "..."] | None = None,
+    *,
+    chunk: int,
+    scale: float,
+    kernel: Callable[..., Tensor],
+    normaliser: Callable[[Reach], Lengths],
+) -> tuple[Float[Tensor, "*b n _"], State]:
+    """The outputs of the next n tokens of a causal stream and the state after them; n may be any number, 0 too.
+
+    The tokens that the open chunk has room for read it as it stands, the others are `causal` behind a carried sum: one
+    token costs one row of a chunk. The sum is kept in float32 for 16-bit tokens.
+    Raises: as `causal`, and ShapeError for a state that does not fit.
+    """
+    op = "mixed_chunk_attention.step"
+    rule = _Rule(chunk, scale, kernel, normaliser, None)
+    new = _checked(op, (q_quad, k_quad, q_lin, k_lin, v), key_mask, None, bias, rule)
+    state = _checked_state(op, state, new, chunk)
+    f, n = state.v.shape[-2], new.v.shape[-2]
+    room = min(n, chunk - f)
+    first, rest = (_Given(*(x[..., t, :] for x in new[:5]), new.valid[..., t], None, new.bias) for t in _cut(room))
+    ...
