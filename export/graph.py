@@ -205,9 +205,11 @@ class Value:
     __array_ufunc__ = None
 
     def __init__(self, name: str, dtype: np.dtype, shape: tuple[Size, ...], scope: Scope) -> None:
-        self.name, self.dtype, self.shape, self.scope = name, dtype, shape, scope
-        # The open size that this value is the number of.
-        self.dim: Dim | None = None
+        self.name, self.dtype, self.scope = name, dtype, scope
+        # Not Size: int(x.shape[-1]) is how a size is asked for, and fails where it is None.
+        self.shape: tuple[Any, ...] = shape
+        # The size that this value is the number of.
+        self.dim: Size = None
 
     __hash__ = object.__hash__
 
@@ -223,7 +225,9 @@ class Value:
         """The size of an axis as an int64 scalar of the graph; a constant where it is known."""
         known = self.shape[axis]
         if isinstance(known, int):
-            return constant(np.int64(known))
+            number = constant(np.int64(known))
+            number.dim = known
+            return number
         axis %= self.ndim
         made = op("Shape", self, start=axis, end=axis + 1, dtype=np.int64, shape=(1,))
         made = op("Squeeze", made, constant(np.array([0])), dtype=np.int64, shape=())
@@ -331,6 +335,15 @@ class Value:
     def reshape(self, *sizes: Any) -> Value:
         """Numbers, values of the graph (int64 scalars) and at most one -1."""
         return op("Reshape", self, shape_of(*sizes), allowzero=1, shape=[_known(s) for s in sizes])
+
+    def regroup(self, axes: int, *sizes: int) -> Value:
+        """The last `axes` axes reshaped to `sizes`, which are numbers; the axes before them stay, and stay open."""
+        kept = self.ndim - axes
+        if 0 in sizes:
+            return self.reshape(*(self.size(axis) for axis in range(kept)), *sizes)
+        # 0 stands for the size that the axis has: no node has to ask for it.
+        shape = constant(np.array([0] * kept + list(sizes), np.int64))
+        return op("Reshape", self, shape, shape=(*self.shape[:kept], *sizes))
 
     def broadcast_to(self, *sizes: Any) -> Value:
         """As NumPy's broadcast_to; a size of this value may be 1."""
@@ -525,9 +538,11 @@ def take(x: Value, indices: Any, *, axis: int) -> Value:
 
 
 def matmul(one: Value, other: Value) -> Value:
-    """Matrix product of the last two axes, leading axes broadcast; a vector on the right is a column."""
+    """Matrix product of the last two axes, leading axes broadcast; a vector is a row (left) or a column (right)."""
     if other.ndim == 1:
         return op("MatMul", one, other, shape=one.shape[:-1])
+    if one.ndim == 1:
+        return op("MatMul", one, other, shape=(*other.shape[:-2], other.shape[-1]))
     lead = broadcast(one.shape[:-2], other.shape[:-2])
     return op("MatMul", one, other, shape=(*lead, one.shape[-2], other.shape[-1]))
 
