@@ -1,0 +1,1 @@
+"""Models made of the operators, one file each: Config, the weights' names and shapes, and the forward pass."""

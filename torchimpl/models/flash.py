@@ -1,0 +1,141 @@
+"""FLASH with mixed chunks: pre-norm units that attend inside chunks quadratically and between them linearly.
+
+    x_0 = rms_norm(E_token + E_segment),   x_(l+1) = x_l + unit_l(layer_norm_l(x_l)),   hidden = layer_norm(x_L)
+    logits = masked_mean(hidden) W + b
+
+Specification: refimpl/models/flash.py. In training, dropout acts on the embeddings' sum before its norm and on every
+unit before the residual sum.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from refimpl.models.flash import Config, layer_shapes
+from torchimpl.models import _encoder
+from torchimpl.models._encoder import Output
+from torchimpl.ops import attention_kernel, mixed_chunk_attention, norm, rope
+
+# Of gamma at the start: heads that hardly attend, so that the residual path carries the first steps (arXiv:2202.10447).
+GAMMA_DEVIATION = 0.02
+
+
+class Norm(nn.Module):
+    """The layer norm behind the last layer."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        _encoder.add_parameters(self, {"scale": (config.hidden_size,), "bias": (config.hidden_size,)})
+        self.epsilon = config.epsilon
+
+    def forward(self, x: Float[Tensor, "*b n d"]) -> Float[Tensor, "*b n d"]:
+        return norm.layer_norm(x, self.scale, self.bias, epsilon=self.epsilon)
+
+    def reset_parameters(self) -> None:
+        nn.init.ones_(self.scale)
+        nn.init.zeros_(self.bias)
+
+
+class Layer(nn.Module):
+    """Mixed chunk attention of the normalised input, added to the input as it came."""
+
+    def __init__(self, config: Config, dropout: float) -> None:
+        super().__init__()
+        _encoder.add_parameters(self, layer_shapes(config))
+        self.dropout = nn.Dropout(dropout)
+        self.epsilon = config.epsilon
+        self.rule = _rule(config)
+
+    def forward(
+        self,
+        x: Float[Tensor, "*b n d"],
+        mask: Bool[Tensor, "*b n"] | None,
+        positions: Int[Tensor, " n"],
+        frequencies: Float[Tensor, " r"],
+    ) -> Float[Tensor, "*b n d"]:
+        unit = mixed_chunk_attention.unit(
+            norm.layer_norm(x, self.norm_scale, self.norm_bias, epsilon=self.epsilon),
+            mask, None, None, positions, frequencies,
+            self.w_in, self.b_in, self.gamma, self.beta, self.w_out, self.b_out, **self.rule,
+        )  # fmt: skip
+        return x + self.dropout(unit)
+
+    def reset_parameters(self, gain: float) -> None:
+        nn.init.ones_(self.norm_scale)
+        nn.init.normal_(self.gamma, std=GAMMA_DEVIATION)
+        for kernel in (self.w_in, self.w_out):
+            _encoder.reset_kernel(kernel, gain)
+        for offset in (self.norm_bias, self.b_in, self.beta, self.b_out):
+            nn.init.zeros_(offset)
+
+
+class Flash(nn.Module):
+    """A sequence classifier; `hidden_states` is the encoder before its last norm. Dropout acts in training only."""
+
+    def __init__(self, config: Config, *, hidden_dropout: float = 0.1) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = _encoder.Embedding(config, hidden_dropout)
+        self.layers = nn.ModuleList(Layer(config, hidden_dropout) for _ in range(config.layers))
+        self.final_norm = Norm(config)
+        self.classifier = _encoder.Classifier(config)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """New weights from torch's generator: gammas near 0, norms the identity, biases 0, the rest as in _encoder."""
+        gain = _encoder.gain(self.config.layers, _encoder.GAU_ORDER)
+        for part in (self.embedding, *self.layers, self.classifier):
+            part.reset_parameters(gain)
+        self.final_norm.reset_parameters()
+
+    def hidden_states(
+        self,
+        token_ids: Int[Tensor, "*b n"],
+        segment_ids: Int[Tensor, "*b n"] | None = None,
+        mask: Bool[Tensor, "*b n"] | None = None,
+    ) -> list[Float[Tensor, "*b n d"]]:
+        """The embedding, then the output of every layer before the last norm: x_0 ... x_L.
+
+        Raises: ShapeError for ids and masks that are not of one shape; DomainError for other dtypes.
+        """
+        return self._states(_encoder.checked_inputs("flash.hidden_states", token_ids, segment_ids, mask))
+
+    def forward(
+        self,
+        token_ids: Int[Tensor, "*b n"],
+        segment_ids: Int[Tensor, "*b n"] | None = None,
+        mask: Bool[Tensor, "*b n"] | None = None,
+    ) -> Output:
+        """Logits of a sequence classifier, the sentence vector below them and the normalised last vectors.
+
+        Raises: as `hidden_states`.
+        """
+        inputs = _encoder.checked_inputs("flash.forward", token_ids, segment_ids, mask)
+        return self.classifier(self.final_norm(self._states(inputs)[-1]), inputs.mask)
+
+    def _states(self, inputs: _encoder.Inputs) -> list[Tensor]:
+        positions, frequencies = _encoder.placed(inputs.token_ids, self.config)
+        states = [self.embedding(inputs)]
+        for layer in self.layers:
+            states.append(layer(states[-1], inputs.mask, positions, frequencies))
+        return states
+
+
+def _rule(config: Config) -> dict[str, Any]:
+    kernels: dict[str, Callable[..., Tensor]] = {
+        "squared_relu": partial(attention_kernel.squared_relu_constant, length=1),
+        "laplace": attention_kernel.laplace,
+    }
+    rotations = {"interleaved": rope.rotate_interleaved, "half_split": rope.rotate_half_split}
+    return {
+        "mix": getattr(mixed_chunk_attention, config.mix),
+        "rotate": rotations[config.rotation],
+        "rows": config.row_order,
+        "chunk": config.chunk,
+        "scale": config.scale,
+        "kernel": kernels[config.kernel],
+        "normaliser": getattr(mixed_chunk_attention, config.normaliser),
+    }
