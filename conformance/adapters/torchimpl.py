@@ -1,4 +1,6 @@
-"""The project's own PyTorch operators: eager in four formats, and captured whole by torch.compile.
+"""The project's own PyTorch operators: eager in four formats, and one case of each captured whole by torch.compile.
+
+Capturing takes longer than all the rest: the adapter torchimpl-compiled captures every case, and generates its code.
 
 float64 and float32 are strict. In 16 bits every operator computes its islands in float32 but rounds what passes from
 one part to the next, which is the eager profile; STRICT names those that round once.
@@ -15,14 +17,17 @@ import numpy as np
 from conformance.adapters import Implementation
 from conformance.adapters.tensors import on_arrays, to_arrays, to_tensor
 from conformance.budget import DTYPES, Profile
-from conformance.case import OPERATORS, Function, Package, families
+from conformance.case import OPERATORS, Function, Package, Unsupported, families
 
 # One rounding, of the output: everything inside is float32 or better.
 STRICT = ("activation.", "norm.", "rope.", "attention_kernel.")
 
 
-def compiled(function: Function, backend: str, device: str = "cpu") -> Function:
-    """`function` as one graph of torch.compile, sizes open; numbers, names and None are part of the graph."""
+def compiled(function: Function, backend: str, device: str = "cpu", most: int | None = None) -> Function:
+    """`function` as one graph of torch.compile, sizes open; numbers, names and None are part of the graph.
+
+    most: how many graphs are captured; a case that needs another one is declined.
+    """
     graphs: dict[Any, Any] = {}
 
     def call(**arguments: Any) -> Any:
@@ -32,6 +37,8 @@ def compiled(function: Function, backend: str, device: str = "cpu") -> Function:
         fixed = {k: v for k, v in arguments.items() if k not in tensors}
         key = repr(fixed), tuple((k, t.dtype, t.ndim) for k, t in tensors.items())
         if key not in graphs:
+            if len(graphs) == most:
+                raise Unsupported(f"{most} graph of every operator is captured here, all by torchimpl-compiled")
             graphs[key] = torch.compile(
                 lambda given: function(**given, **fixed), fullgraph=True, dynamic=True, backend=backend
             )
@@ -42,7 +49,12 @@ def compiled(function: Function, backend: str, device: str = "cpu") -> Function:
 
 
 def rows(
-    *, eager: Sequence[str] = DTYPES, captured: Sequence[str] = (), backend: str = "aot_eager", device: str = "cpu"
+    *,
+    eager: Sequence[str] = DTYPES,
+    captured: Sequence[str] = (),
+    most: int | None = None,
+    backend: str = "aot_eager",
+    device: str = "cpu",
 ) -> tuple[Implementation, ...]:
     """Eager rows in some formats, then rows compiled by `backend`, where the laws are left to the eager ones."""
     import torch
@@ -64,8 +76,8 @@ def rows(
     for variant, formats in (("", eager), ("compiled", captured)):
         for dtype in formats:
             made = {
-                op: compiled(f, backend, device) if variant else on_arrays(f, device) for op, f in calls.items()
-            }  # fmt: skip
+                op: compiled(f, backend, device, most) if variant else on_arrays(f, device) for op, f in calls.items()
+            }
             strict = {op: f for op, f in made.items() if not Profile(dtype).sixteen_bit or op.startswith(STRICT)}
             rest = {op: f for op, f in made.items() if op not in strict}
             version = f"torch {torch.__version__}, {backend if variant else 'eager'}, {device}"
@@ -77,5 +89,5 @@ def rows(
 
 
 def implementations() -> tuple[Implementation, ...]:
-    """Every format eagerly; float32 captured as one graph, without the minutes that generating its code would take."""
-    return rows(captured=("float32",))
+    """Every format eagerly; a graph of every operator in float32, captured but not turned into code."""
+    return rows(captured=("float32",), most=1)

@@ -98,7 +98,7 @@ def attend(
         check.shape("attention.attend", fits, "a mask (n, m), or (*b, h, n, m) with lengths or 1", mask=mask, q=q, k=k)
     # Heads before tokens.
     q, k, v = q.transpose(-3, -2), k.transpose(-3, -2), v.transpose(-3, -2)
-    if kernel is attention_kernel.softmax and k.numel() and v.numel():
+    if kernel is attention_kernel.softmax:
         o = _attend_fused(q, k, v, mask, scale)
     else:
         o = _attend_plain(q, k, v, mask, kernel, scale)
@@ -211,11 +211,11 @@ def cross_attention(
 
 def _attend_fused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
     """torch's fused softmax attention of q (*b, h, n, d)."""
-    options = {"attn_mask": mask, "scale": scale}
+    fused = functional.scaled_dot_product_attention
     # The flag must be a constant of the graph, which a comparison of open sizes is not.
     if q.shape[-3] == k.shape[-3]:
-        return functional.scaled_dot_product_attention(q, k, v, **options)
-    return functional.scaled_dot_product_attention(q, k, v, **options, enable_gqa=True)
+        return fused(q, k, v, attn_mask=mask, scale=scale)
+    return fused(q, k, v, attn_mask=mask, scale=scale, enable_gqa=True)
 
 
 def _attend_plain(

@@ -246,7 +246,174 @@ def step(
     rule = _Rule(chunk, scale, kernel, normaliser, None)
     new = _checked(op, (q_quad, k_quad, q_lin, k_lin, v), key_mask, None, bias, rule)
     state = _checked_state(op, state, new, chunk)
-    f, n = state.v.shape[-2], new.v.shape[-2]
-    room = min(n, chunk - f)
-    first, rest = (_Given(*(x[..., t, :] for x in new[:5]), new.valid[..., t], None, new.bias) for t in _cut(room))
+    room = min(new.v.shape[-2], chunk - state.v.shape[-2])
+    early, late = new.cut(0, room), new.cut(room, None)
+    out = _open_chunk(early, rule, state, late.v.shape[-2])
+    state = _advanced(state, early, chunk)
+    if late.v.shape[-2] > 0:
+        out = torch.cat([out, _mix(late, rule, 0, state)], dim=-2)
+        state = _advanced(state, late, chunk)
+    return out, state
+
+
+def scale_offset_heads(
+    z: Float[Tensor, "*b n s"], gamma: Float[Tensor, "..."], beta: Float[Tensor, "..."], *, rows: tuple[int, ...]
+) -> Heads:
+    """The four heads of one shared projection, each with a scale and an offset of its own.
+
+    Raises: ShapeError unless gamma and beta are (4, s); DomainError unless rows is a permutation of 0 ... 3.
+    """
+    op = "mixed_chunk_attention.scale_offset_heads"
+    check.real(op, "gamma", gamma)
+    check.real(op, "beta", beta)
+    fits = gamma.ndim == 2 and gamma.shape[0] == 4 and gamma.shape == beta.shape
+    check.shape(op, fits, "gamma and beta of shape (4, s)", gamma=gamma, beta=beta)
+    check.domain(op, sorted(rows) == [0, 1, 2, 3], "rows that are a permutation of (0, 1, 2, 3)", rows=rows)
+    return Heads(*(gau.scale_offset(z, gamma[r], beta[r]) for r in rows))
+
+
+def unit(
+    x: Float[Tensor, "*b n d"],
+    key_mask: Bool[Tensor, "..."] | None,
+    segments: Int[Tensor, "..."] | None,
+    bias: Float[Tensor, "..."] | None,
+    positions: Int[Tensor, "..."] | None,
+    frequencies: Float[Tensor, " r"] | None,
+    w_in: Float[Tensor, "..."],
+    b_in: Float[Tensor, "..."] | None,
+    gamma: Float[Tensor, "..."],
+    beta: Float[Tensor, "..."],
+    w_out: Float[Tensor, "..."],
+    b_out: Float[Tensor, "..."] | None,
+    *,
+    mix: Callable[..., Tensor],
+    rotate: Callable[..., Tensor],
+    rows: tuple[int, ...],
+    chunk: int,
+    scale: float,
+    kernel: Callable[..., Tensor],
+    normaliser: Callable[[Reach], Lengths],
+    documents: Callable[[Tensor], Documents] | None = None,
+) -> Float[Tensor, "*b n _"]:
+    """The FLASH layer without its norm and residual: a gated attention unit over mixed chunk attention.
+
+    The four heads are rotated in one call, on a leading axis of their own. In float16 everything between the two dense
+    layers is float32.
+    Raises: ShapeError and DomainError as the functions it is made of.
+    """
+    op = "mixed_chunk_attention.unit"
+    check.real(op, "gamma", gamma)
+    u, v, z = gau.parts(x, w_in, b_in, key_width=gamma.shape[-1] if gamma.ndim else 0)
+    heads = scale_offset_heads(z, gamma, beta, rows=rows)
+    paired = (positions is None) == (frequencies is None)
+    check.domain(op, paired, "positions and frequencies together", positions=positions, frequencies=frequencies)
+    if positions is not None and frequencies is not None:
+        heads = Heads(*rotate(torch.stack(heads), rope.angles(positions, frequencies)))
+    if v.dtype == torch.float16:
+        heads, v = Heads(*(head.float() for head in heads)), v.float()
+    options = {"chunk": chunk, "scale": scale, "kernel": kernel, "normaliser": normaliser, "documents": documents}
+    mixed = u * mix(*heads, v, key_mask, segments, bias, **options)
+    return project(mixed.to(x.dtype), w_out, b_out)
+
+
+class _Rule(NamedTuple):
+    chunk: int
+    scale: float
+    kernel: Callable[..., Tensor]
+    normaliser: Callable[[Reach], Lengths]
+    documents: Callable[[Tensor], Documents] | None
+
+
+class _Given(NamedTuple):
+    """Checked arguments, the heads and values of one dtype. valid and segments have one entry per token; None: all."""
+
+    q_quad: Tensor
+    k_quad: Tensor
+    q_lin: Tensor
+    k_lin: Tensor
+    v: Tensor
+    valid: Tensor | None
+    segments: Tensor | None
+    bias: Tensor | None
+
+    def cut(self, start: int, stop: int | None) -> "_Given":
+        """The tokens from start to stop."""
+        heads = (x[..., start:stop, :] for x in self[:5])
+        valid, segments = (None if x is None else x[..., start:stop] for x in self[5:7])
+        return _Given(*heads, valid, segments, self.bias)
+
+
+def _checked(
+    op: str,
+    heads: tuple[Tensor, ...],
+    key_mask: Tensor | None,
+    segments: Tensor | None,
+    bias: Tensor | None,
+    rule: _Rule,
+) -> _Given:
+    received = dict(zip(("q_quad", "k_quad", "q_lin", "k_lin", "v"), heads, strict=True))
+    for name, x in received.items():
+        check.real(op, name, x)
+    q_quad, k_quad, q_lin, k_lin, v = heads
+    one_shape = q_quad.ndim >= 2 and q_quad.shape == k_quad.shape == q_lin.shape == k_lin.shape
+    fits = one_shape and v.ndim == q_quad.ndim and v.shape[:-1] == q_quad.shape[:-1]
+    check.shape(op, fits, "four heads of one shape (..., n, s), v (..., n, e)", **received)
+    whole = isinstance(rule.chunk, int) and rule.chunk >= 1
+    check.domain(op, whole, "an integer chunk >= 1", chunk=rule.chunk)
+    check.domain(op, -math.inf < rule.scale < math.inf, "a finite scale", scale=rule.scale)
+    paired = (segments is None) == (rule.documents is None)
+    check.domain(op, paired, "segments and documents together", documents=rule.documents)
+    if key_mask is not None:
+        key_mask = _per_token(op, "key_mask", check.boolean(op, "key_mask", key_mask), v)
+    if segments is not None:
+        segments = _per_token(op, "segments", check.integer(op, "segments", segments), v)
+    if bias is not None:
+        check.real(op, "bias", bias)
+        check.shape(op, bias.shape == (rule.chunk,) * 2, f"bias of shape {(rule.chunk,) * 2}", bias=bias)
+    return _Given(*(x.to(q_quad.dtype) for x in heads), key_mask, segments, bias)
+
+
+def _checked_state(op: str, state: State, new: _Given, chunk: int) -> State:
+    real = ("summary", "k_quad", "k_lin", "v")
+    summary, k_quad, k_lin, v = (check.real(op, name, getattr(state, name)) for name in real)
+    counted, valid = check.integer(op, "counted", state.counted), check.boolean(op, "valid", state.valid)
+    b, s, e, f = new.v.shape[:-2], new.q_lin.shape[-1], new.v.shape[-1], valid.shape[-1] if valid.ndim else chunk
+    fits = summary.shape == (*b, s, e) and counted.shape == b and valid.shape == (*b, f)
+    fits = fits and k_quad.shape == k_lin.shape == (*b, f, s) and v.shape == (*b, f, e)
+    expected = f"a state of b = {tuple(b)}, s = {s}, e = {e} with fewer than c = {chunk} buffered tokens"
+    received = {"summary": summary, "counted": counted, "k_quad": k_quad, "k_lin": k_lin, "v": v, "valid": valid}
+    check.shape(op, fits and f < chunk, expected, **received)
+    check.domain(op, state.chunks >= 0, "chunks >= 0", chunks=state.chunks)
+    device, dtype = new.v.device, new.v.dtype
+    k_quad, k_lin, v = (x.to(device, dtype) for x in (k_quad, k_lin, v))
+    summary = summary.to(device, check.island(new.v).dtype)
+    return State(summary, state.chunks, counted.to(device), k_quad, k_lin, v, valid.to(device))
+
+
+def _chunked_ids(op: str, segments: Tensor) -> Tensor:
+    segments = check.integer(op, "segments", segments)
+    check.shape(op, segments.ndim >= 2 and segments.shape[-1] >= 1, "segments of shape (..., G, c)", segments=segments)
+    return segments
+
+
+def _per_token(op: str, name: str, x: Tensor, v: Tensor) -> Tensor:
+    sizes = zip(reversed(x.shape), reversed(v.shape[:-1]), strict=False)
+    fits = 1 <= x.ndim < v.ndim and all(own in (1, size) for own, size in sizes)
+    check.shape(op, fits, f"{name} that broadcasts to the tokens {tuple(v.shape[:-1])}", **{name: x}, v=v)
+    return x.expand(v.shape[:-1])
+
+
+def _mix(given: _Given, rule: _Rule, diagonal: int | None, past: State | None = None) -> Tensor:
+    """All chunks at once. diagonal: None for bidirectional, else that of the triangle of keys that a chunk reads."""
+    c, n, b = rule.chunk, given.v.shape[-2], given.v.shape[:-2]
+    if n == 0:
+        return given.v
+    g = -(-n // c)
+    q_quad, k_quad, q_lin, k_lin, v = (_chunks(x, g, c) for x in given[:5])
+    valid = _valid_chunks(given, g, c)
+    mask = None if valid is None else valid[..., None, :]
+    if diagonal is not None:
+        mask = _and(mask, torch.ones(c, c, dtype=torch.bool, device=v.device).tril(diagonal))
+    if given.valid is not None:
+        k_lin = k_lin.masked_fill(~valid[..., None], 0)
     ...

@@ -55,7 +55,7 @@ def layer_norm(
 
 
 def _layer_norm_plain(x: Tensor, scale: Tensor, bias: Tensor, epsilon: float) -> Tensor:
-    centred = x - _mean(x)
+    centred = x - x.mean(dim=-1, keepdim=True)
     # The rounded mean of equal numbers need not equal them. What then remains is an error, not a function of x.
     constant = (x == x[..., :1]).all(dim=-1, keepdim=True)
     return _over_root(centred - (centred * constant).detach(), epsilon) * scale + bias
@@ -73,12 +73,8 @@ def _feature(operation: str, name: str, values: Tensor, x: Tensor) -> None:
     check.shape(operation, values.shape == x.shape[-1:], f"{name} of shape (d,)", x=x, **{name: values})
 
 
-def _mean(x: Tensor) -> Tensor:
-    return x.sum(dim=-1, keepdim=True) / max(x.shape[-1], 1)
-
-
 def _over_root(x: Tensor, epsilon: float) -> Tensor:
-    power = _mean(x * x) + epsilon
+    power = (x * x).mean(dim=-1, keepdim=True) + epsilon
     zero = power == 0
     # Two choices: the root must not see the 0 whose slope is infinite, and 0/0 counts as 0.
     return x * torch.rsqrt(power.masked_fill(zero, 1)).masked_fill(zero, 0)

@@ -69,9 +69,8 @@ def tokens(n, *batch, seed=0, dtype=np.float64):
 
 def close(got, expected, tolerance):
     assert got.shape == expected.shape
-    assert np.abs(np.subtract(got, expected, dtype=np.float64)).max(initial=0) <= tolerance * max(
-        1, np.abs(expected).max(initial=0)
-    )
+    error = np.subtract(got, expected, dtype=np.float64)
+    assert np.abs(error).max(initial=0) <= tolerance * max(1, np.abs(expected).max(initial=0))
 
 
 def agrees(mode, traced, arrays, *, tolerance=1e-13, **rule):

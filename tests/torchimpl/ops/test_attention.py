@@ -106,11 +106,18 @@ def test_gradients(kernel) -> None:
         assert torch.autograd.gradcheck(lambda q, k, v, attend=attend: attend(q, k, v), given)
 
 
-def test_no_keys_and_no_queries() -> None:
+def test_softmax_is_torchs_attention() -> None:
+    o = attention.attend(*(t.requires_grad_() for t in qkv()), None, kernel=kernels.softmax, scale=1.0)
+    assert "ScaledDotProduct" in str(o.grad_fn.next_functions[0][0])
+
+
+def test_nothing_to_attend() -> None:
     for kernel in (kernels.softmax, BARE):
         o = attention.attend(*qkv(m=0), None, kernel=kernel, scale=1.0)
         assert o.shape == (2, 3, 4, 7) and not o.any()
         assert attention.attend(*qkv(n=0), None, kernel=kernel, scale=1.0).shape == (2, 0, 4, 7)
+        assert attention.attend(*qkv(h=0, g=0), None, kernel=kernel, scale=1.0).shape == (2, 3, 0, 7)
+        assert not attention.attend(*qkv(d=0, e=0), None, kernel=kernel, scale=1.0).numel()
 
 
 def test_16_bits() -> None:
@@ -256,11 +263,9 @@ def test_errors_of_layers() -> None:
 
 
 def test_compiled() -> None:
-    call = partial(attention.cross_attention, heads=2, rotate=rope.rotate_interleaved, kernel=kernels.softmax)
-    theta, weights = rope.frequencies(4, base=100.0), [t.float() for t in layer()]
+    call = partial(attention.attend, kernel=kernels.softmax, scale=0.3)
     compiled = torch.compile(call, fullgraph=True, dynamic=True)
     for n, m in ((3, 5), (5, 7)):
-        x, memory = drawn((2, n, 5), (2, m, 7), dtype=torch.float32)
+        given = qkv(n=n, m=m, dtype=torch.float32)
         mask = torch.stack([torch.arange(m) < 4, torch.zeros(m, dtype=torch.bool)])[:, None, None]
-        given = (x, memory, mask, torch.arange(n), torch.arange(m), theta, *weights)
-        torch.testing.assert_close(compiled(*given), call(*given), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(compiled(*given, mask), call(*given, mask), rtol=1e-4, atol=1e-5)

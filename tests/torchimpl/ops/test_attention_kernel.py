@@ -36,6 +36,8 @@ def test_softmax_by_hand() -> None:
     scores = doubles(1, 2, 5, 1e9).log()
     torch.testing.assert_close(kernels.softmax(scores, LAST_HIDDEN), doubles(0.125, 0.25, 0.625, 0))
     torch.testing.assert_close(kernels.softmax(scores[:3] + 1e3, None), doubles(0.125, 0.25, 0.625))
+    # No finite stand-in for a masked score is small enough.
+    assert kernels.softmax(torch.full((4,), -3e38), LAST_HIDDEN).tolist() == pytest.approx([1 / 3] * 3 + [0])
 
 
 def test_softmax_plus_by_hand() -> None:

@@ -58,17 +58,13 @@ def test_units_by_hand() -> None:
     found = gau.unit_paper(x, mask, bias, None, None, *given, **options)
     expected = [0.0, 10 * b * (a * b / 2) ** 2 * a]
     torch.testing.assert_close(found.flatten(), torch.tensor(expected, dtype=torch.float64))
-    # Gate and queries, keys, values from three sequences.
-    y, w_k, w_v = x[:, :1] + 2, torch.full((1, 4), -1.0).double(), torch.full((1, 1), 0.5).double()
-    found = gau.unit_cross(
-        x, y, 2 * y, None, None, None, None, None, w_in[:, :5], None, w_k, None, w_v, None, w_out, ones[:1], **SU
-    )
-    assert not (found - 1).any()
-    found = gau.unit_cross(
-        x, -y, 2 * y, None, None, None, None, None, w_in[:, :5], None, w_k, None, w_v, None, w_out, ones[:1], **SU
-    )
-    c = silu(3.0)
-    expected = [1 + 10 * g * (2 * g * c) ** 2 * c for g in (a, b)]
+    # Gate and queries, keys, values from three sequences; the gate's column is 3, the queries' are 1.
+    y, w_u_q = x[:, :1] + 2, torch.tensor([[3.0, 1, 1, 1, 1]], dtype=torch.float64)
+    w_k, w_v = torch.full((1, 4), -1.0).double(), torch.full((1, 1), 0.5).double()
+    given = (None, None, None, None, None, w_u_q, None, w_k, None, w_v, None, w_out, ones[:1])
+    assert not (gau.unit_cross(x, y, 2 * y, *given, **SU) - 1).any()
+    found, c = gau.unit_cross(x, -y, 2 * y, *given, **SU), silu(3.0)
+    expected = [1 + 10 * silu(3 * t) * (2 * silu(t) * c) ** 2 * c for t in (1.0, 2.0)]
     torch.testing.assert_close(found.flatten(), torch.tensor(expected, dtype=torch.float64))
 
 

@@ -1,0 +1,168 @@
+"""A trained model as a folder: config.json, model.safetensors and manifest.json, which has the SHA-256 of both.
+
+Nothing in the folder is executed when it is read: JSON and safetensors hold numbers and names only.
+"""
+
+import hashlib
+import importlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as read_tensors
+from safetensors.torch import save as write_tensors
+from torch import Tensor, nn
+
+from refimpl import config as configuration
+
+# Raised when a reader of this version could no longer read the folder.
+FORMAT = 1
+CONFIG, WEIGHTS, MANIFEST = "config.json", "model.safetensors", "manifest.json"
+
+
+class CheckpointError(ValueError):
+    """A folder that cannot be read as a model, or weights that are not those of the configuration."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model's configuration, its weights, and the SHA-256 of the file that held the weights."""
+
+    config: Any
+    weights: dict[str, Tensor]
+    sha256: str
+
+
+def save(folder: Path, config: Any, weights: Mapping[str, Tensor]) -> None:
+    """Write a model folder, which appears under its name only when whole. A model that is there already is replaced.
+
+    Raises: CheckpointError for weights that `config` does not have or lacks, for another shape or a number that is not
+        finite, and where something that is no model has the name.
+    """
+    _check(str(folder), config, weights)
+    held = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in weights.items()}
+    files = {
+        CONFIG: (json.dumps(configuration.to_dict(config), indent=2) + "\n").encode(),
+        WEIGHTS: write_tensors(held),
+    }
+    listed = {name: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in files.items()}
+    files[MANIFEST] = (json.dumps({"format": FORMAT, "files": listed}, indent=2) + "\n").encode()
+    if folder.exists() and not (folder / MANIFEST).is_file():
+        raise CheckpointError(f"checkpoint: {folder} exists and is no model folder; it is left as it is")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    part = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        for name, data in files.items():
+            write(part / name, data)
+        part.chmod(0o755)
+        if folder.exists():
+            # A folder cannot be renamed onto another: the old one steps aside first.
+            old = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+            folder.rename(old / "replaced")
+            part.rename(folder)
+            shutil.rmtree(old)
+        else:
+            part.rename(folder)
+    except BaseException:
+        shutil.rmtree(part, ignore_errors=True)
+        raise
+
+
+def load(folder: Path) -> Checkpoint:
+    """Read a model folder.
+
+    Raises: CheckpointError for a missing or changed file, a newer format, and as `save`; DomainError for a
+        configuration that its model refuses.
+    """
+    try:
+        manifest = json.loads((folder / MANIFEST).read_bytes())
+        newer, listed = manifest["format"] > FORMAT, manifest["files"]
+    except FileNotFoundError:
+        raise CheckpointError(f"checkpoint: {folder} is no model folder: it has no {MANIFEST}") from None
+    except (ValueError, KeyError, TypeError):
+        raise CheckpointError(f"checkpoint: {folder / MANIFEST} is no manifest of a model folder") from None
+    if newer:
+        raise CheckpointError(f"checkpoint: {folder} has format {manifest['format']}, this refimpl reads {FORMAT}")
+    files = {name: _intact(folder / name, listed) for name in (CONFIG, WEIGHTS)}
+    config = configuration.read(folder / CONFIG)
+    try:
+        weights = read_tensors(files[WEIGHTS])
+    except SafetensorError as error:
+        raise CheckpointError(f"checkpoint: {folder / WEIGHTS} is no safetensors file ({error})") from None
+    _check(str(folder), config, weights)
+    # In the order of the configuration: a safetensors file has none of its own.
+    return Checkpoint(config, {name: weights[name] for name in _shapes(config)}, listed[WEIGHTS]["sha256"])
+
+
+def module(config: Any, weights: Mapping[str, Tensor] | None = None) -> nn.Module:
+    """The torch module of a configuration, with these weights or as it is initialised: gau_alpha.GauAlpha and so on."""
+    name = "".join(part.capitalize() for part in config.model.split("_"))
+    made: nn.Module = getattr(importlib.import_module(f"torchimpl.models.{config.model}"), name)(config)
+    if weights is not None:
+        made.load_state_dict(dict(weights))
+    return made
+
+
+def write(path: Path, data: bytes) -> None:
+    """Write a file that appears under its name only when whole, also if the machine stops."""
+    handle, part = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(part, 0o644)
+        os.replace(part, path)
+    except BaseException:
+        Path(part).unlink(missing_ok=True)
+        raise
+
+
+def _intact(file: Path, listed: Mapping[str, Any]) -> bytes:
+    if file.name not in listed:
+        raise CheckpointError(f"checkpoint: {file.parent / MANIFEST} does not list {file.name}")
+    try:
+        data = file.read_bytes()
+    except FileNotFoundError:
+        raise CheckpointError(f"checkpoint: {file} is missing") from None
+    if hashlib.sha256(data).hexdigest() != listed[file.name]["sha256"]:
+        raise CheckpointError(
+            f"checkpoint: {file} is not the file that was written: {len(data)} bytes, expected "
+            f"{listed[file.name]['bytes']} with SHA-256 {listed[file.name]['sha256'][:12]}..."
+        )
+    return data
+
+
+def _shapes(config: Any) -> dict[str, tuple[int, ...]]:
+    made: dict[str, tuple[int, ...]] = importlib.import_module(f"refimpl.models.{config.model}").shapes(config)
+    return made
+
+
+def _check(where: str, config: Any, weights: Mapping[str, Tensor]) -> None:
+    shapes = _shapes(config)
+    missing, unknown = sorted(shapes.keys() - weights.keys()), sorted(weights.keys() - shapes.keys())
+    if missing or unknown:
+        raise CheckpointError(
+            f"checkpoint: {where}: the weights are not those of {config.model}; missing: {_listed(missing)}; "
+            f"unknown: {_listed(unknown)}"
+        )
+    for name, shape in shapes.items():
+        tensor = weights[name]
+        if tuple(tensor.shape) != shape or not tensor.is_floating_point():
+            raise CheckpointError(
+                f"checkpoint: {where}: expected {name} of shape {shape} and a floating dtype, received "
+                f"{tuple(tensor.shape)} of {tensor.dtype}"
+            )
+        if not torch.isfinite(tensor).all():
+            raise CheckpointError(f"checkpoint: {where}: {name} holds numbers that are not finite")
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names) or "none"
