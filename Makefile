@@ -12,7 +12,7 @@ MODERN := import sys; sys.exit(sys.version_info < (3, 11))
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo test check format bench vectors changelog clean
+.PHONY: help install demo test check compiled gpu format bench vectors changelog clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -56,6 +56,12 @@ check: $(INSTALLED)  ## ruff, types, layout, changelog fragments
 format: $(INSTALLED)  ## let ruff lay out the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+compiled: $(INSTALLED)  ## judge every operator as torch.compile's code (takes most of an hour)
+	$(BIN)/refimpl check torchimpl-compiled --examples 0
+
+gpu: $(INSTALLED)  ## judge the PyTorch operators on a CUDA device: eager, compiled, fused attention
+	$(BIN)/refimpl check cuda --html out/gpu.html
 
 bench: $(INSTALLED)  ## run every benchmark; each prints the ratios that the README claims
 	@set -e; for file in benchmarks/*.py; do echo "== $$file"; $(BIN)/python $$file; done
