@@ -21,7 +21,7 @@ import flash_pytorch
 import torch
 from torch import Tensor
 
-from torchimpl.ops import attention_kernel, gau, norm
+from torchimpl.ops import attention_kernel, gau, norm, rope
 
 SIZES = {"b": 8, "n": 512, "d": 768, "e": 1536, "s": 128}
 Step = Callable[[], tuple[Tensor, ...]]
@@ -102,7 +102,7 @@ def layer(weights: dict[str, Tensor], x: Tensor) -> Tensor:
     *unit, scale, bias = weights.values()
     normalise = partial(norm.layer_norm, scale=scale, bias=bias, epsilon=1e-5)
     kernel = partial(attention_kernel.squared_relu_constant, length=1)
-    options = {"length": SIZES["n"], "rotate": None, "kernel": kernel, "norm": normalise}
+    options = {"length": SIZES["n"], "rotate": rope.rotate_half_split, "kernel": kernel, "norm": normalise}
     return gau.block_pre_norm(x, None, None, None, None, *unit, **options)
 
 

@@ -2,9 +2,9 @@
 
     python benchmarks/onnx_gau.py
 
-gau.unit at batch 1, 512 tokens, width 768, expanded width 1536, key width 128, float32, 2 threads. Every round runs, one
-after the other in one process: the unit with both kernels of the models, with and without a padding mask; a session of
-the unit's four products and nothing else; the same four products in NumPy. Rates count the operations of the four
+gau.unit at batch 1, 512 tokens, width 768, expanded width 1536, key width 128, float32, 2 threads. Every round runs in
+one process, one after the other: the unit with both kernels of the models, with and without a padding mask; a session
+of the unit's four products and nothing else; the same four products in NumPy. Rates count the operations of the four
 products only, so the ratio is that of the times. Ratios are formed within a round, and their median is printed.
 """
 

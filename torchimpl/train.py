@@ -284,7 +284,8 @@ class _Past(NamedTuple):
 
 
 def _optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
-    kernels, rest = [], []
+    kernels: list[Tensor] = []
+    rest: list[Tensor] = []
     for name, parameter in model.named_parameters():
         scales = parameter.ndim < 2 or name.rpartition(".")[2] in NOT_DECAYED
         (rest if scales else kernels).append(parameter)

@@ -202,7 +202,7 @@ def _rotated(a: Value, b: Value, angles: Value) -> tuple[Value, Value]:
 
 def _has_operator(x: Value, angles: Value) -> bool:
     """RotaryEmbedding takes tokens (b, n, features) and one row of cosines for each token, for all heads alike."""
-    if opset() < 23 or x.dtype != np.float32 or int(x.shape[-1]) == 0:
+    if opset() < 23 or x.dtype != np.float32:
         return False
     one_head_axis = angles.ndim in (3, 4) and isinstance(angles.shape[-2], int) and angles.shape[-2] == 1
     return one_head_axis if x.ndim == 4 else x.ndim == 3 and angles.ndim in (2, 3)

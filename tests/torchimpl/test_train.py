@@ -85,21 +85,20 @@ def test_a_stopped_run_goes_on_bit_for_bit(tmp_path, whole, stops):
 
 @pytest.mark.parametrize("name", [train.STATE, train.EPOCHS])
 @pytest.mark.parametrize("moment", ["fsync", "replace"])
-def test_a_run_stopped_while_it_saves_goes_on_bit_for_bit(tmp_path, whole, monkeypatch, name, moment):
-    for count in (1, 2):
-        calls = []
+@pytest.mark.parametrize("time", [2, 3])
+def test_a_run_stopped_while_it_saves_goes_on_bit_for_bit(tmp_path, whole, monkeypatch, name, moment, time):
+    real, seen = getattr(os, moment), []
 
-        def stopping(*arguments, real=getattr(os, moment), count=count, calls=calls):
-            at_it = any(part.name.startswith(f".{name}.") for part in tmp_path.iterdir())
-            calls.append(at_it)
-            if calls.count(True) == count + 1:
-                raise Stopped
-            return real(*arguments)
+    def stopping(*arguments):
+        seen.append(any(part.name.startswith(f".{name}.") for part in tmp_path.iterdir()))
+        if sum(seen) == time:
+            raise Stopped
+        return real(*arguments)
 
-        with monkeypatch.context() as patched, pytest.raises(Stopped):
-            patched.setattr(os, moment, stopping)
-            train.fit(network(), task(), CONFIG, tmp_path)
-        assert not [part for part in tmp_path.iterdir() if part.name.startswith(".")]
+    with monkeypatch.context() as patched, pytest.raises(Stopped):
+        patched.setattr(os, moment, stopping)
+        train.fit(network(), task(), CONFIG, tmp_path)
+    assert not [part for part in tmp_path.iterdir() if part.name.startswith(".")]
     model = network()
     assert_same(train.fit(model, task(), CONFIG, tmp_path), model, whole)
 
@@ -200,6 +199,19 @@ def test_every_epoch_sees_every_example_in_an_order_of_its_own():
     assert len({tuple(made) for made in orders}) == 4
     assert train.order(3, 2, 11).tolist() == orders[2]
     assert train.order(4, 2, 11).tolist() != orders[2]
+
+
+def test_the_batches_follow_the_order_of_their_epoch(tmp_path):
+    seen, real = [], task().loss
+
+    def loss(model, rows, generator):
+        seen.append(rows.tolist())
+        return real(model, rows, generator)
+
+    train.fit(network(), replace(task(), loss=loss), CONFIG, tmp_path)
+    assert [len(rows) for rows in seen] == [5, 5, 3] * 3
+    for epoch in range(3):
+        assert sum(seen[3 * epoch : 3 * epoch + 3], []) == train.order(7, epoch, 13).tolist()
 
 
 def test_the_first_of_the_best_epochs_is_kept(tmp_path):

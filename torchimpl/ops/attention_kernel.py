@@ -125,4 +125,4 @@ def _softmax(scores: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def _squared_relu(scores: Tensor, mask: Tensor | None) -> Tensor:
-    return functional.relu(_hidden(scores, mask, 0)).square()
+    return functional.relu(_hidden(scores, mask, 0.0)).square()

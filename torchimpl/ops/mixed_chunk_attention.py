@@ -99,7 +99,7 @@ def unnormalised(reach: Reach) -> Lengths:
 
 
 def visible(reach: Reach) -> Lengths:
-    """N_loc = the visible keys of the row's chunk, N_lin = the visible keys of the chunks read; padding never counts."""
+    """N_loc = the visible keys of the row's chunk, N_lin = those of the chunks read; padding never counts."""
     return Lengths(reach.local, reach.linear)
 
 
@@ -338,9 +338,9 @@ class _Given(NamedTuple):
 
     def cut(self, start: int, stop: int | None) -> "_Given":
         """The tokens from start to stop."""
-        heads = (x[..., start:stop, :] for x in self[:5])
+        q_quad, k_quad, q_lin, k_lin, v = (x[..., start:stop, :] for x in self[:5])
         valid, segments = (None if x is None else x[..., start:stop] for x in self[5:7])
-        return _Given(*heads, valid, segments, self.bias)
+        return _Given(q_quad, k_quad, q_lin, k_lin, v, valid, segments, self.bias)
 
 
 def _checked(
@@ -370,7 +370,8 @@ def _checked(
     if bias is not None:
         check.real(op, "bias", bias)
         check.shape(op, bias.shape == (rule.chunk,) * 2, f"bias of shape {(rule.chunk,) * 2}", bias=bias)
-    return _Given(*(x.to(q_quad.dtype) for x in heads), key_mask, segments, bias)
+    q_quad, k_quad, q_lin, k_lin, v = (x.to(q_quad.dtype) for x in heads)
+    return _Given(q_quad, k_quad, q_lin, k_lin, v, key_mask, segments, bias)
 
 
 def _checked_state(op: str, state: State, new: _Given, chunk: int) -> State:
@@ -398,22 +399,177 @@ def _chunked_ids(op: str, segments: Tensor) -> Tensor:
 
 def _per_token(op: str, name: str, x: Tensor, v: Tensor) -> Tensor:
     sizes = zip(reversed(x.shape), reversed(v.shape[:-1]), strict=False)
-    fits = 1 <= x.ndim < v.ndim and all(own in (1, size) for own, size in sizes)
+    fits = 1 <= x.ndim < v.ndim and all(own == 1 or own == size for own, size in sizes)
     check.shape(op, fits, f"{name} that broadcasts to the tokens {tuple(v.shape[:-1])}", **{name: x}, v=v)
     return x.expand(v.shape[:-1])
 
 
 def _mix(given: _Given, rule: _Rule, diagonal: int | None, past: State | None = None) -> Tensor:
-    """All chunks at once. diagonal: None for bidirectional, else that of the triangle of keys that a chunk reads."""
-    c, n, b = rule.chunk, given.v.shape[-2], given.v.shape[:-2]
+    """Whole chunks at once; diagonal: that of the triangle of keys which a chunk reads of itself, None for all keys."""
+    c, n = rule.chunk, given.v.shape[-2]
     if n == 0:
         return given.v
-    g = -(-n // c)
-    q_quad, k_quad, q_lin, k_lin, v = (_chunks(x, g, c) for x in given[:5])
-    valid = _valid_chunks(given, g, c)
+    q_quad, k_quad, q_lin, k_lin, v = (_chunks(x, c) for x in given[:5])
+    g, device = v.shape[-3], v.device
+    earlier = torch.ones(g, g, dtype=torch.bool, device=device).tril(-1 if diagonal is not None else g)
+    valid = _valid(given, g, c)
     mask = None if valid is None else valid[..., None, :]
     if diagonal is not None:
-        mask = _and(mask, torch.ones(c, c, dtype=torch.bool, device=v.device).tril(diagonal))
+        lower = torch.ones(c, c, dtype=torch.bool, device=device).tril(diagonal)
+        mask = lower if mask is None else mask & lower
+    if given.segments is not None and rule.documents is not None:
+        # The tail repeats the last id, so that it neither is a document nor widens the range of its chunk.
+        token = torch.arange(g * c, device=device).clamp(max=n - 1)
+        member, reads = rule.documents(given.segments[..., token].reshape(*v.shape[:-1]))
+        reads = reads & earlier
+        own = member.to(k_quad.dtype) @ member.to(k_quad.dtype).mT > 0
+        mask = own if mask is None else mask & own
+        # One block of s features per document: a document's sum meets only the queries of its own members.
+        counted = member if valid is None else member & valid[..., None]
+        q_lin, k_lin = _spread(member, q_lin), _spread(counted, k_lin)
+        sums = check.island(_wide(k_lin).mT @ _wide(v))
+        S = (reads.to(sums.dtype) @ sums.flatten(-2)).unflatten(-1, sums.shape[-2:])
+        chunks = _summed(member, reads, member.any(dim=-2))
+        linear = _summed(member, reads, counted.sum(dim=-2))
+    else:
+        if given.valid is not None and valid is not None:
+            k_lin = k_lin.masked_fill(~valid[..., None], 0)
+        held = torch.full((g,), c, device=device) if valid is None else valid.sum(dim=-1)
+        if diagonal is None:
+            # Summed by chunks: one product over all tokens leaves the threads of a CPU without work.
+            S = check.island(_wide(k_lin).mT @ _wide(v)).sum(dim=-3, keepdim=True)
+            linear = held.sum(dim=-1, keepdim=True)[..., None]
+        else:
+            S = _prefix(check.island(_wide(k_lin).mT @ _wide(v)), past)
+            linear = (held.cumsum(dim=-1) - held)[..., None]
+        chunks = earlier.sum(dim=-1)[:, None]
+    if past is not None:
+        linear, chunks, n = linear + past.counted[..., None, None], chunks + past.chunks, n + past.chunks * c
+    local = torch.full((1,), c, device=device) if mask is None else mask.sum(dim=-1)
+    rows = v.shape[:-1]
+    reach = Reach(c, n, chunks.expand(rows), local.expand(rows), linear.expand(rows))
+    mixed = _combined(q_quad, k_quad, q_lin, S, v, mask, given.bias, reach, rule)
+    return mixed.flatten(-3, -2)[..., : given.v.shape[-2], :]
+
+
+def _open_chunk(early: _Given, rule: _Rule, state: State, late: int) -> Tensor:
+    """The rows of tokens for which the open chunk has room; `late` more follow them in the array."""
+    f, n, c = state.v.shape[-2], early.v.shape[-2], rule.chunk
+    held = _held(state, early)
+    k_quad, v = (functional.pad(x, (0, 0, 0, c - f - n))[..., None, :, :] for x in (held.k_quad, held.v))
+    place = torch.arange(c, device=v.device)
+    mask = (place <= place[f : f + n, None]) & functional.pad(held.valid, (0, c - f - n))[..., None, :]
+    rows = (*early.v.shape[:-2], 1, n)
+    chunks = torch.full((1,), state.chunks, device=v.device)
+    local, linear = mask.sum(dim=-1)[..., None, :], state.counted[..., None, None]
+    tokens = state.chunks * c + f + n + late
+    reach = Reach(c, tokens, *(x.expand(rows) for x in (chunks, local, linear)))
+    bias = None if early.bias is None else early.bias[f : f + n]
+    q_quad, q_lin, S = (x[..., None, :, :] for x in (early.q_quad, early.q_lin, state.summary))
+    return _combined(q_quad, k_quad, q_lin, S, v, mask[..., None, :, :], bias, reach, rule).squeeze(-3)
+
+
+def _advanced(state: State, new: _Given, chunk: int) -> State:
+    """The state after more tokens: chunks that they complete are summed and leave the buffer."""
+    held = _held(state, new)
+    full = held.v.shape[-2] // chunk * chunk
+    keys, valid = held.k_lin[..., :full, :], held.valid[..., :full]
+    added = check.island(_wide(keys.masked_fill(~valid[..., None], 0)).mT @ _wide(held.v[..., :full, :]))
+    k_quad, k_lin, v = (x[..., full:, :] for x in (held.k_quad, held.k_lin, held.v))
+    counted, chunks = state.counted + valid.sum(dim=-1), state.chunks + full // chunk
+    return State(state.summary + added, chunks, counted, k_quad, k_lin, v, held.valid[..., full:])
+
+
+def _held(state: State, new: _Given) -> State:
+    """The state with the buffer grown by new tokens."""
+    pairs = ((state.k_quad, new.k_quad), (state.k_lin, new.k_lin), (state.v, new.v))
+    valid = state.valid.new_ones(new.v.shape[:-1]) if new.valid is None else new.valid
+    k_quad, k_lin, v = (torch.cat(pair, dim=-2) for pair in pairs)
+    valid = torch.cat([state.valid, valid], dim=-1)
+    return State(state.summary, state.chunks, state.counted, k_quad, k_lin, v, valid)
+
+
+def _combined(
+    q_quad: Tensor,
+    k_quad: Tensor,
+    q_lin: Tensor,
+    S: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    bias: Tensor | None,
+    reach: Reach,
+    rule: _Rule,
+) -> Tensor:
+    """Both parts of the rows of every chunk, (*b, G, rows, e); S is one sum per chunk, or (*b, 1, s, e) one for all."""
+    lengths = rule.normaliser(reach)
+    q, k = check.island(q_quad).flatten(0, -3), check.island(k_quad).flatten(0, -3)
+    scores = torch.baddbmm(q.new_zeros(1) if bias is None else bias.to(q.dtype), q, k.mT, alpha=rule.scale)
+    scores = scores.view(*v.shape[:-2], q.shape[-2], k.shape[-2])
+    weights = rule.kernel(scores, None if mask is None else mask.expand(scores.shape))
+    # A length for all rows is a factor of the product; one per row is applied to the narrower operand beforehand.
+    weights, by_local = _divided(weights, lengths.local)
+    q_lin, by_linear = _divided(check.island(q_lin), lengths.linear)
+    weights, q_lin, S, values = (x.to(_wide(v).dtype) for x in (weights, q_lin, S, v))
+    if S.shape[-3] == 1:
+        mixed = (q_lin.flatten(-3, -2) @ S.squeeze(-3)).view(*q_lin.shape[:-1], S.shape[-1]).flatten(0, -3)
+        factors = {"beta": by_linear, "alpha": by_local}
+        mixed = torch.baddbmm(mixed, weights.flatten(0, -3), values.flatten(0, -3), **factors)
+    else:
+        mixed = torch.bmm(weights.flatten(0, -3), values.flatten(0, -3))
+        factors = {"beta": by_local, "alpha": by_linear}
+        mixed = torch.baddbmm(mixed, q_lin.flatten(0, -3), S.flatten(0, -3), **factors)
+    return mixed.to(v.dtype).view(*v.shape[:-2], *mixed.shape[-2:])
+
+
+def _divided(x: Tensor, length: Tensor | int) -> tuple[Tensor, float]:
+    """What makes x / length, 0 where the length is 0: a tensor and a factor."""
+    if not isinstance(length, Tensor):
+        return x, 1 / length if length > 0 else 0.0
+    length = length.to(x.dtype)[..., None]
+    none = length <= 0
+    return x * (1 / length.masked_fill(none, 1)).masked_fill(none, 0), 1.0
+
+
+def _prefix(sums: Tensor, past: State | None) -> Tensor:
+    """Of (*b, G, s, e): the sum of the chunks before every chunk, from the past on."""
+    first = torch.zeros_like(sums[..., :1, :, :]) if past is None else past.summary[..., None, :, :]
+    return torch.cat([first, sums[..., :-1, :, :]], dim=-3).cumsum(dim=-3)
+
+
+def _summed(member: Tensor, reads: Tensor, counts: Tensor) -> Tensor:
+    """Per row, the counts (*b, G, D) of the chunks that it reads, in the columns of its documents."""
+    # No integers are multiplied on every device; these are exact.
+    dtype = torch.float32 if member.device.type == "mps" else torch.float64
+    total = reads.to(dtype) @ counts.to(dtype)
+    return (member * total[..., None, :]).sum(dim=-1).to(torch.int64)
+
+
+def _chunks(x: Tensor, chunk: int) -> Tensor:
+    # (*b, n, f) to (*b, G, c, f), with zeros for the tail.
+    n = x.shape[-2]
+    tail = -n % chunk
+    # While a graph is exported, whether there is a tail is open, and padding by 0 is right as well.
+    if torch.compiler.is_exporting() or tail > 0:
+        x = functional.pad(x, (0, 0, 0, tail))
+    # Sizes are written out: a graph with open sizes does not know that those of unflatten are the same numbers.
+    return x.reshape(*x.shape[:-2], -(-n // chunk), chunk, x.shape[-1])
+
+
+def _valid(given: _Given, g: int, chunk: int) -> Tensor | None:
+    # (*b, G, c) or (G, c): what is a visible key; None where everything is.
+    n = given.v.shape[-2]
     if given.valid is not None:
-        k_lin = k_lin.masked_fill(~valid[..., None], 0)
-    ...
+        return functional.pad(given.valid, (0, g * chunk - n)).reshape(*given.valid.shape[:-1], g, chunk)
+    if torch.compiler.is_exporting() or n % chunk > 0:
+        return (torch.arange(g * chunk, device=given.v.device) < n).reshape(g, chunk)
+    return None
+
+
+def _spread(member: Tensor, x: Tensor) -> Tensor:
+    # (*b, G, c, D) and (*b, G, c, s) to (*b, G, c, D s).
+    return (member[..., None] * x[..., None, :]).flatten(-2)
+
+
+def _wide(x: Tensor) -> Tensor:
+    # What meets values: bfloat16 has the range of float32, float16 has not.
+    return x.float() if x.dtype == torch.float16 else x

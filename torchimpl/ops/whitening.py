@@ -213,10 +213,11 @@ def spearman(a: Float[Tensor, "*b n"], b: Float[Tensor, "*_"]) -> Float[Tensor, 
     fits = a.ndim >= 1 and a.shape == b.shape and a.shape[-1] >= 2
     check.shape(op, fits, "a (..., n), b (..., n), n >= 2", a=a, b=b)
     left, right = _doubled_ranks(a), _doubled_ranks(b)
-    wide = check.island(a).dtype
+    wide = torch.float32 if a.device.type == "mps" else torch.float64
     # n^3 / 3 at most: int64 up to two million ranks.
     shared, own, other = ((p * q).sum(dim=-1).to(wide) for p, q in ((left, right), (left, left), (right, right)))
-    return (shared / (own.sqrt() * other.sqrt())).to(a.dtype)
+    # One root of the product: the root of a square is exact, so that equal orders give 1.
+    return (shared / (own * other).sqrt()).to(a.dtype)
 
 
 def search(

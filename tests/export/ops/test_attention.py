@@ -1,4 +1,4 @@
-"""Graphs of attention: one for every batch and length, grouped heads, masks of every size, when the operator is taken."""
+"""Graphs of attention: one for all batches and lengths, grouped heads, masks of every size, and ONNX's Attention."""
 
 from functools import partial
 
@@ -48,7 +48,7 @@ def test_masks_and_positions(Graph):
     graph.gives((valid[:, None], np.array([[0, 1, 1], [0, 0, 1], [0, 0, 0]])), valid=valid)
     graph.gives((valid[:1, None, :0], np.zeros((1, 0), int)), valid=valid[:1, :0])
     ids = np.array([[0, 0, 1, 1], [1, 1, 1, 0], [0, 0, 0, 0]])
-    graph = Graph(attention.unilm_mask, ids=ids) if False else Graph(attention.unilm_mask, segment_ids=ids)
+    graph = Graph(attention.unilm_mask, segment_ids=ids)
     graph.gives(spec.unilm_mask(ids), segment_ids=ids)
     assert graph(segment_ids=ids[:1])[0].astype(int).tolist() == [
         [1, 1, 0, 0],

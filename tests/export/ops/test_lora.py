@@ -239,6 +239,7 @@ def test_opset_20_holds_nothing_newer(function):
         ("update", {"A_new": (5, 2), "B_new": (2, 7)}, ShapeError),
         ("sgd", {"learning_rate": -0.1}, DomainError),
         ("sgd_frozen_update", {"G": (4, 7)}, ShapeError),
+        ("sgd_frozen_update", {"A": (5, 0)}, ShapeError),
         ("adamw_array", {"m": (5, 6)}, ShapeError),
         ("adamw_array", {"v": (5,)}, ShapeError),
         ("adamw_array", {"step": 0}, DomainError),
@@ -247,6 +248,7 @@ def test_opset_20_holds_nothing_newer(function):
         ("adamw_array", {"weight_decay": -1.0}, DomainError),
         ("additive_delta", {}, ShapeError),
         ("from_peft", {"lora_A": (2, 5)}, ShapeError),
+        ("from_peft", {"lora_A": (0, 5), "lora_B": (7, 0)}, ShapeError),
     ],
     ids=lambda value: "-".join(map(str, value)) if isinstance(value, dict) else None,
 )

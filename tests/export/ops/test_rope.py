@@ -135,10 +135,11 @@ def test_a_proportional_part(Graph, rotary):
 
 
 def test_width_0_comes_back(Graph):
-    x, angles = np.zeros((2, 3, 0), np.float32), np.zeros((3, 0))
-    for opset in (20, 23):
-        for name in ROTATIONS:
-            Graph(getattr(rope, name), opset, x=x, angles=angles).gives(x, x=x, angles=angles)
+    for x, angles in ((np.zeros((2, 3, 0)), np.zeros((3, 0))), (np.zeros((2, 3, H, 0)), np.zeros((3, 1, 0)))):
+        x = x.astype(np.float32)
+        for opset in (20, 23):
+            for name in ROTATIONS:
+                Graph(getattr(rope, name), opset, x=x, angles=angles).gives(x, x=x, angles=angles)
 
 
 @pytest.mark.parametrize(

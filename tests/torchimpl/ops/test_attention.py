@@ -240,7 +240,9 @@ def test_errors_of_attend() -> None:
         with pytest.raises(DomainError, match="attention.attend: expected a finite scale"):
             call(q, k, v, None, scale=scale)
     with pytest.raises(ShapeError, match=r"expected angles_k \(..., m, r\)"):
-        attention.attend_rotated_values(q, k, v, torch.ones(3), None, rotate=None, kernel=BARE, scale=1.0)
+        attention.attend_rotated_values(
+            q, k, v, torch.ones(3), None, rotate=rope.rotate_half_split, kernel=BARE, scale=1.0
+        )
 
 
 def test_errors_of_layers() -> None:

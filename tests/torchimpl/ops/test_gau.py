@@ -54,7 +54,7 @@ def test_units_by_hand() -> None:
     mixed = ((2 * a * a) ** 2 * a + (2 * a * b - 1) ** 2 * b) / 2, ((2 * a * b) ** 2 * a + (2 * b * b) ** 2 * b) / 2
     torch.testing.assert_close(found, torch.tensor([[[10 * a * mixed[0]], [10 * b * mixed[1]]]], dtype=torch.float64))
     mask = torch.tensor([[False, False], [True, False]])
-    options = {"length": 8, "rotate": None, "kernel": BARE}
+    options = {"length": 8, "rotate": rope.rotate_half_split, "kernel": BARE}
     found = gau.unit_paper(x, mask, bias, None, None, *given, **options)
     expected = [0.0, 10 * b * (a * b / 2) ** 2 * a]
     torch.testing.assert_close(found.flatten(), torch.tensor(expected, dtype=torch.float64))
@@ -73,7 +73,7 @@ def test_blocks() -> None:
     normalise = partial(norm.rms_norm, epsilon=0.5)
     post = gau.block_post_norm(x, None, None, None, None, *given, **SU, epsilon=0.5)
     torch.testing.assert_close(post, normalise(x + gau.unit(x, None, None, None, None, *given, **SU)))
-    paper = {"length": 3, "rotate": None, "kernel": BARE}
+    paper = {"length": 3, "rotate": rope.rotate_half_split, "kernel": BARE}
     pre = gau.block_pre_norm(x, None, None, None, None, *given, **paper, norm=normalise)
     torch.testing.assert_close(pre, x + gau.unit_paper(normalise(x), None, None, None, None, *given, **paper))
 
@@ -93,7 +93,7 @@ def test_is_the_unit_of_flash_pytorch() -> None:
     found = gau.block_pre_norm(
         x, valid[:, None], theirs.rel_pos_bias(x[0] @ x[0].mT) / 7, None, None, w_in, b_in, offsets.gamma[0],
         offsets.beta[0], offsets.gamma[1], offsets.beta[1], theirs.to_out[0].weight.T, theirs.to_out[0].bias,
-        length=7, rotate=None, kernel=BARE,
+        length=7, rotate=rope.rotate_half_split, kernel=BARE,
         norm=lambda t: norm.layer_norm(t, theirs.norm.weight, theirs.norm.bias, epsilon=1e-5),
     )  # fmt: skip
     torch.testing.assert_close(found, theirs(x, mask=valid), rtol=1e-11, atol=1e-11)
@@ -119,7 +119,7 @@ def test_gradients() -> None:
     for kernel in (BARE, kernels.softmax):
         unit = partial(gau.unit, rotate=rope.rotate_interleaved, kernel=kernel)
         assert torch.autograd.gradcheck(lambda x, b, *w, unit=unit: unit(x, mask, b, places, theta, *w), given)
-    block = partial(gau.block_pre_norm, length=3, rotate=None, kernel=BARE, norm=lambda t: 2 * t)
+    block = partial(gau.block_pre_norm, length=3, rotate=rope.rotate_half_split, kernel=BARE, norm=lambda t: 2 * t)
     assert torch.autograd.gradcheck(lambda x, b, *w: block(x, mask, b, None, None, *w), given)
     block = partial(gau.block_post_norm, **SU, epsilon=0.25)
     assert torch.autograd.gradcheck(lambda x, b, *w: block(x, mask, b, None, None, *w), given)
@@ -134,7 +134,7 @@ def test_a_token_that_sees_nothing() -> None:
     x, given = drawn((2, 3, 5))[0].requires_grad_(), weights()
     mask = torch.tensor([[True] * 3, [False] * 3, [True, False, False]])
     for kernel in (kernels.softmax, kernels.squared_relu_visible, kernels.laplace):
-        o = gau.unit(x, mask, None, None, None, *given, rotate=None, kernel=kernel)
+        o = gau.unit(x, mask, None, None, None, *given, rotate=rope.rotate_half_split, kernel=kernel)
         assert torch.equal(o[:, 1], given[-1].expand(2, 5))
         assert torch.autograd.grad(o.sum(), x)[0].isfinite().all()
 
