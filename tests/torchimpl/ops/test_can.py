@@ -141,17 +141,25 @@ def test_equals_the_specification(form, alpha, iterations):
         close(form(*given, **named), expected, 1e-12)
 
 
+# Sharp rows that b turns over: factors of the frame leave the range of float64, and what is left of it is wrong.
+SHARP = [[3.1e-4, 1.8e-19, 2.5e-2], [8.2e-5, 1.6e-3, 1.2e-5]]
+TURNING = [[7.1e-3, 0.18, 1.4e-2], [0.15, 4.3e-5, 0.081]]
+
+
 def test_rows_beyond_the_frame():
-    """Ties that b breaks: the factors of the confident rows leave the range of float64."""
-    given = tensors([[0.5, 0.5], [0.5, 0.5], [0.02, 0.98]], [[0.999, 0.001], [0.5, 0.5]], [0.5, 0.5])
-    named = {"alpha": 4.0, "iterations": 8}
-    rows, beyond = can._framed(given[0], torch.ones(3, 1) == 1, *given[1:], *named.values())
-    assert beyond.any()
-    expected = spec.alternating_normalization_loop(*(t.numpy() for t in given), **named)
+    given, named = tensors(SHARP, TURNING, [0.4, 0.25, 0.35]), {"alpha": 3.0, "iterations": 3}
+    rows, beyond = can._framed(given[0], torch.ones(2, 1) == 1, *given[1:], *named.values())
+    expected = torch.from_numpy(spec.alternating_normalization_loop(*(t.numpy() for t in given), **named))
+    assert ((rows - expected).abs() > 0.1).any(dim=1)[beyond].any()
     close(can.alternating_normalization(*given, **named), expected)
     given[1].requires_grad_()
     can.alternating_normalization(*given, **named).square().sum().backward()
     assert given[1].grad.isfinite().all()
+    # The uncertain rows stay out of the frame there as well.
+    p, named = torch.cat([given[0], given[1].detach()]), named | {"top": 3, "threshold": 0.3}
+    expected = spec.adjust(p.numpy(), given[2].numpy(), **named)
+    assert expected.uncertain.tolist() == [False, False, True, True]
+    close(can.adjust(p, given[2], **named).probabilities, expected.probabilities)
 
 
 def test_more_rows_beyond_the_frame_than_a_block_holds_are_nan(monkeypatch):

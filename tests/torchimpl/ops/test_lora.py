@@ -202,6 +202,8 @@ def test_sixteen_bit_weights_are_rounded_once(dtype):
     once(lora.merge(w, a, b, scale=0.3), wide[0] + 0.3 * wide[1] @ wide[2], 10)
     once(lora.merge_symmetric(w, a, b, a, b, scale=0.3), wide[0], 10)
     once(lora.sgd(a, b, g, **RULE).A, wide[1] - 0.21 * wide[3] @ wide[2].T, 10)
+    once(lora.sgd(a, b, g, **RULE).B, wide[2] - 0.21 * wide[1].T @ wide[3], 10)
+    once(lora.gradients_dense(g, a, b, scale=0.3).B, 0.3 * wide[1].T @ wide[3], 10)
     # 4096 ones: bfloat16 counts to 256, float16 would stall at 2048.
     assert lora.additive_gradients(torch.ones(4096, 1, dtype=dtype), r=1).B.item() == 4096
     # A B is beyond 65504, scale A B is not.
