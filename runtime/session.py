@@ -130,14 +130,19 @@ def _quota(folder: Path, *, v2: bool) -> float:
 
 
 def _config(path: str | Path, metadata: dict[str, str]) -> dict[str, Any]:
-    if "refimpl.format" not in metadata or "refimpl.config" not in metadata:
-        raise SessionError(f"runtime: {path} was not written by `refimpl export`: its metadata has no refimpl.format")
-    if int(metadata["refimpl.format"]) > FORMAT:
+    try:
+        newest = int(metadata["refimpl.format"])
+        config: dict[str, Any] = json.loads(metadata["refimpl.config"])
+        known = all(type(config[name]) is int for name in ("vocab_size", "segments"))
+    except (KeyError, TypeError, ValueError):
+        known = False
+    if not known:
         raise SessionError(
-            f"runtime: {path} has format {metadata['refimpl.format']} of a newer refimpl; this one reads {FORMAT}"
+            f"runtime: {path} was not written by `refimpl export`: its metadata lacks refimpl.format and refimpl.config"
         )
-    made: dict[str, Any] = json.loads(metadata["refimpl.config"])
-    return made
+    if newest > FORMAT:
+        raise SessionError(f"runtime: {path} has format {newest} of a newer refimpl; this one reads {FORMAT}")
+    return config
 
 
 def _within(operation: str, name: str, ids: np.ndarray, size: int) -> None:

@@ -62,14 +62,7 @@ def save(folder: Path, config: Any, weights: Mapping[str, Tensor]) -> None:
         for name, data in files.items():
             write(part / name, data)
         part.chmod(0o755)
-        if folder.exists():
-            # A folder cannot be renamed onto another: the old one steps aside first.
-            old = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-            folder.rename(old / "replaced")
-            part.rename(folder)
-            shutil.rmtree(old)
-        else:
-            part.rename(folder)
+        _place(part, folder)
     except BaseException:
         shutil.rmtree(part, ignore_errors=True)
         raise
@@ -101,10 +94,13 @@ def load(folder: Path) -> Checkpoint:
     return Checkpoint(config, {name: weights[name] for name in _shapes(config)}, listed[WEIGHTS]["sha256"])
 
 
-def module(config: Any, weights: Mapping[str, Tensor] | None = None) -> nn.Module:
-    """The torch module of a configuration, with these weights or as it is initialised: gau_alpha.GauAlpha and so on."""
+def module(config: Any, weights: Mapping[str, Tensor] | None = None, **options: Any) -> nn.Module:
+    """The torch module of a configuration, with these weights or as it is initialised: gau_alpha.GauAlpha and so on.
+
+    options: what the module takes besides, such as dropout.
+    """
     name = "".join(part.capitalize() for part in config.model.split("_"))
-    made: nn.Module = getattr(importlib.import_module(f"torchimpl.models.{config.model}"), name)(config)
+    made: nn.Module = getattr(importlib.import_module(f"torchimpl.models.{config.model}"), name)(config, **options)
     if weights is not None:
         made.load_state_dict(dict(weights))
     return made
@@ -123,6 +119,23 @@ def write(path: Path, data: bytes) -> None:
     except BaseException:
         Path(part).unlink(missing_ok=True)
         raise
+
+
+def _place(part: Path, folder: Path) -> None:
+    """Rename `part`. A folder cannot be renamed onto another: the old one steps aside, and comes back if need be."""
+    if not folder.exists():
+        part.rename(folder)
+        return
+    aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        folder.rename(aside / folder.name)
+        part.rename(folder)
+    except BaseException:
+        if not folder.exists():
+            (aside / folder.name).rename(folder)
+        raise
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def _intact(file: Path, listed: Mapping[str, Any]) -> bytes:

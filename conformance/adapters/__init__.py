@@ -8,9 +8,14 @@ from __future__ import annotations
 import importlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from conformance.budget import Profile
 from conformance.case import Function
+
+if TYPE_CHECKING:
+    from conformance.runner import ExpectedFailure
 
 
 class AdapterError(ValueError):
@@ -34,6 +39,8 @@ class Implementation:
     examples: int | None = None
     variant: str = ""
 
+
+DEVIATIONS = Path(__file__).parent / "deviations"
 
 # Command-line name -> (module of this folder, extra that installs what it adapts).
 ADAPTERS = {
@@ -71,3 +78,11 @@ def load(name: str) -> tuple[Implementation, ...]:
             f"adapter {name}: {error.name or error} is not installed; pip install 'refimpl[{extra}]'"
         ) from None
     return made
+
+
+def deviations(name: str) -> list[ExpectedFailure]:
+    """What is known to deviate in a shipped adapter, with reasons: deviations/<name>.txt."""
+    from conformance.runner import read_expected_failures
+
+    path = DEVIATIONS / f"{name}.txt"
+    return read_expected_failures(path) if path.is_file() else []

@@ -25,6 +25,9 @@ from torchimpl.ops.attention import project
 ROWS_PAPER = (0, 1, 2, 3)
 ROWS_LUCIDRAINS = (0, 2, 1, 3)
 
+# Up to so many chunks their prefix sums are a matrix product on the CPU.
+_FEW_CHUNKS = 256
+
 
 class Reach(NamedTuple):
     """What every row reads, in counts: all that a normaliser may know. G chunks of c rows, the padded tail included."""
@@ -510,14 +513,15 @@ def _combined(
     weights, by_local = _divided(weights, lengths.local)
     q_lin, by_linear = _divided(check.island(q_lin), lengths.linear)
     weights, q_lin, S, values = (x.to(_wide(v).dtype) for x in (weights, q_lin, S, v))
+    # In place: a product that was just made is in no gradient, and an output of n x e is worth not copying.
     if S.shape[-3] == 1:
         mixed = (q_lin.flatten(-3, -2) @ S.squeeze(-3)).view(*q_lin.shape[:-1], S.shape[-1]).flatten(0, -3)
         factors = {"beta": by_linear, "alpha": by_local}
-        mixed = torch.baddbmm(mixed, weights.flatten(0, -3), values.flatten(0, -3), **factors)
+        mixed = mixed.baddbmm_(weights.flatten(0, -3), values.flatten(0, -3), **factors)
     else:
         mixed = torch.bmm(weights.flatten(0, -3), values.flatten(0, -3))
         factors = {"beta": by_local, "alpha": by_linear}
-        mixed = torch.baddbmm(mixed, q_lin.flatten(0, -3), S.flatten(0, -3), **factors)
+        mixed = mixed.baddbmm_(q_lin.flatten(0, -3), S.flatten(0, -3), **factors)
     return mixed.to(v.dtype).view(*v.shape[:-2], *mixed.shape[-2:])
 
 
@@ -532,8 +536,14 @@ def _divided(x: Tensor, length: Tensor | int) -> tuple[Tensor, float]:
 
 def _prefix(sums: Tensor, past: State | None) -> Tensor:
     """Of (*b, G, s, e): the sum of the chunks before every chunk, from the past on."""
+    g = sums.shape[-3]
+    if sums.device.type == "cpu" and not torch.compiler.is_exporting() and g <= _FEW_CHUNKS:
+        # The CPU adds up along an outer axis several times more slowly than it multiplies by a triangle of ones.
+        earlier = torch.ones(g, g, dtype=sums.dtype).tril(-1)
+        S = (earlier @ sums.flatten(-2)).view(sums.shape)
+        return S if past is None else S + past.summary[..., None, :, :]
     first = torch.zeros_like(sums[..., :1, :, :]) if past is None else past.summary[..., None, :, :]
-    return torch.cat([first, sums[..., :-1, :, :]], dim=-3).cumsum(dim=-3)
+    return torch.cat([first, sums[..., :-1, :, :]], dim=-3).cumsum_(dim=-3)
 
 
 def _summed(member: Tensor, reads: Tensor, counts: Tensor) -> Tensor:

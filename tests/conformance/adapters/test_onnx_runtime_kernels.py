@@ -6,8 +6,8 @@ import math
 import numpy as np
 import pytest
 
-from conformance import demo, vectors
-from conformance.adapters import onnx_runtime_kernels
+from conformance import vectors
+from conformance.adapters import deviations, onnx_runtime_kernels
 from conformance.budget import Profile
 from conformance.case import OPERATORS, Unsupported, cases
 from conformance.verdict import judge
@@ -16,7 +16,7 @@ pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
 
 IMPLEMENTATIONS = onnx_runtime_kernels.implementations()
-DEVIATIONS = demo.deviations("onnxruntime-kernels")
+DEVIATIONS = deviations("onnxruntime-kernels")
 FIRST = {}
 # An inexact case, where the operator has one.
 for case in sorted(cases(), key=lambda c: c.exact):

@@ -5,8 +5,8 @@ import math
 import numpy as np
 import pytest
 
-from conformance import demo, vectors
-from conformance.adapters import pytorch
+from conformance import vectors
+from conformance.adapters import deviations, pytorch
 from conformance.budget import Profile
 from conformance.case import OPERATORS, Unsupported, cases, storage_type
 from conformance.law import call
@@ -15,7 +15,7 @@ from conformance.verdict import judge
 pytest.importorskip("torch")
 
 IMPLEMENTATIONS = pytorch.implementations()
-DEVIATIONS = demo.deviations("torch")
+DEVIATIONS = deviations("torch")
 FIRST = {}
 # An inexact case, where the operator has one.
 for case in sorted(cases(), key=lambda c: c.exact):
