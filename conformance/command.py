@@ -1,4 +1,4 @@
-"""The judge's sub-commands: check, repro, identify, mutants, vectors, ops, demo."""
+"""The judge's sub-commands: check, repro, identify, mutants, vectors, ops."""
 
 from __future__ import annotations
 
@@ -382,18 +382,6 @@ def export(
     with told():
         count = vectors.export(target, names=op)
         console.print(f"{count} cases in {target}; manifest.json names each file, its hash and its attributes")
-
-
-@app.command()
-def demo(
-    out: Annotated[Path, typer.Option(metavar="DIR", help="Where the report goes.")] = Path("out/demo"),
-) -> None:
-    """Judge the specification's zoo and the third-party implementations that are installed; write a report."""
-    from conformance import demo as demonstration
-
-    with told():
-        ok = demonstration.run(out, console, errors)
-    raise typer.Exit(0 if ok else 1)
 
 
 def main(arguments: list[str] | None = None) -> Any:

@@ -48,14 +48,15 @@ class Cell:
     equals: tuple[str, ...] = ()
 
 
-def write(path: Path, text: str) -> None:
-    """Write a file that appears under its name only when whole."""
+def write(path: Path, content: str | bytes) -> None:
+    """Write a file that appears under its name only when whole; text as UTF-8."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, part = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     try:
         # A message may quote bytes that are no text (lone surrogates).
-        with os.fdopen(handle, "w", encoding="utf-8", errors="backslashreplace") as file:
-            file.write(text)
+        data = content if isinstance(content, bytes) else content.encode("utf-8", errors="backslashreplace")
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
         os.chmod(part, 0o644)
         os.replace(part, path)
     except BaseException:

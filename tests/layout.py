@@ -19,6 +19,7 @@ MAY_IMPORT = {
     "export": {"torchimpl", "refimpl"},
     "runtime": {"refimpl"},
     "conformance": {"refimpl"},
+    "demo": {"refimpl", "torchimpl", "export", "runtime", "conformance"},
 }
 # Here the judge reaches what it judges, so these files may import any folder, but only inside a function.
 ADAPTERS = Path("conformance/adapters")
@@ -189,6 +190,17 @@ def judge_weight(root: Path) -> list[str]:
         f"Importing conformance/ without its adapters loads {name}. Import it in {ADAPTERS.as_posix()}/, inside a "
         "function."
         for name in sorted(loaded & FRAMEWORKS)
+    ]
+
+
+def runtime_weight(root: Path) -> list[str]:
+    """Importing the runtime, every file of it, loads neither torch nor onnx: a server needs none of the two."""
+    files = [file.relative_to(root).with_suffix("") for file in _python_files(root / "runtime")]
+    modules = ["sys", *(".".join(file.parts) for file in files if file.name not in _NOT_MODULES)]
+    loaded = set(_fresh(root, f"import {', '.join(modules)}; {_SHOW_MODULES}").split())
+    return [
+        f"Importing runtime/ loads {name}, which a server does not have. Leave it to torchimpl/ and export/."
+        for name in sorted(loaded & NEVER_USES["runtime"])
     ]
 
 

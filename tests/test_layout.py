@@ -16,6 +16,7 @@ RULES = [
     layout.machine_paths,
     layout.import_weight,
     layout.judge_weight,
+    layout.runtime_weight,
     layout.import_time,
 ]
 # Split, so that this file does not itself break the rule.
@@ -185,6 +186,14 @@ def test_a_judge_that_loads_what_it_judges_is_named(tmp_path):
     assert "loads peft" in breach
     plant(root, {"conformance/case": "", "conformance/adapters/lora": "import peft"})
     assert layout.judge_weight(root) == []
+
+
+def test_what_the_runtime_loads_by_a_detour_is_named(tmp_path):
+    root = plant(tmp_path, {"onnx": "", "helper": "import onnx", "runtime/__init__": "", "runtime/x": "import helper"})
+    (breach,) = layout.runtime_weight(root)
+    assert "loads onnx" in breach
+    plant(root, {"helper": ""})
+    assert layout.runtime_weight(root) == []
 
 
 def test_a_slow_import_is_named(tmp_path):
