@@ -53,4 +53,4 @@ def export(
             f"(bound {figures.bound:.0e}, {figures.cases} requests; {escape(figures.where)})",
             soft_wrap=True,
         )
-    console.print(f"{out}: opset {opset}, {dtype}, {out.stat().st_size / 1e6:.2f} MB", soft_wrap=True)
+    console.print(f"{escape(str(out))}: opset {opset}, {dtype}, {out.stat().st_size / 1e6:.2f} MB", soft_wrap=True)

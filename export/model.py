@@ -68,6 +68,8 @@ def export(
         raise ExportError(f"export: expected an opset among {graph.OPSETS}, received {opset}")
     if dtype not in DTYPES:
         raise ExportError(f"export: expected a dtype among {DTYPES}, received {dtype!r}")
+    if file.is_dir():
+        raise ExportError(f"export: expected the name of a file to write, received the folder {file}")
     held = checkpoint.load(folder)
     # Rounded once, so that what is compared is the graph and not the storage.
     weights = {name: tensor.to(getattr(torch, dtype)).numpy() for name, tensor in held.weights.items()}

@@ -1,5 +1,7 @@
 """What can be checked without waiting for the device: dtypes and shapes, with the errors of refimpl.check."""
 
+from collections.abc import Sequence
+
 import torch
 
 from refimpl import check
@@ -32,6 +34,14 @@ def integer(operation: str, name: str, x: torch.Tensor) -> torch.Tensor:
     if not isinstance(x, torch.Tensor) or x.is_floating_point() or x.dtype == torch.bool or x.is_complex():
         raise DomainError(f"{operation}: {name} must be a tensor of integers, received {_kind(x)}")
     return x.to(torch.int64)
+
+
+def broadcasts(x: Sequence[int], y: Sequence[int]) -> bool:
+    """Whether an array of shape `x` stretches to shape `y`, axes counted from the last."""
+    # `own in (1, size)` would read better; torch.compile takes an open size for different from an equal constant there.
+    return len(x) <= len(y) and all(
+        own == 1 or own == size for own, size in zip(reversed(x), reversed(y), strict=False)
+    )
 
 
 def island(x: torch.Tensor) -> torch.Tensor:

@@ -5,7 +5,7 @@ A graph is used again for every array that fits its open sizes, so that what is 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +21,10 @@ Session = Callable[[Mapping[str, np.ndarray]], tuple[np.ndarray, ...]]
 SINCE_23 = ("norm.", "rope.rotate", "attention.", "gau.", "mixed_chunk_attention.unit", "head.")
 
 
-def operators() -> Iterator[tuple[str, Function]]:
-    """Every operator that export.ops has, as a function on the values of a graph."""
+def operators() -> dict[str, Function]:
+    """Every operator, as a function on the values of a graph."""
     package = Package("export.ops")
-    for name, operator in OPERATORS().items():
-        try:
-            yield name, operator.of(package)
-        except AttributeError:
-            continue
+    return {name: operator.of(package) for name, operator in OPERATORS().items()}
 
 
 def on_graph(call: Function, opset: int, load: Callable[[Any], Session]) -> Function:
@@ -64,7 +60,7 @@ def write(op: str, path: Path, *, opset: int, dtype: str) -> Mapping[tuple[str, 
     if case is None:
         raise AdapterError(f"ops {op}: no case in {dtype}")
     arguments = storage_arguments(case.under(Profile(dtype, "strict", "A64")))
-    calls = dict(operators())
+    calls = operators()
     if op not in calls:
         raise AdapterError(f"ops {op}: export has no graph of it")
     built = operator.model(calls[op], arguments, opset=opset, outputs=OPERATORS()[op].outputs)

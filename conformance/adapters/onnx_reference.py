@@ -29,7 +29,7 @@ def implementations() -> tuple[Implementation, ...]:
     """Opset 20 for every operator, opset 23 where the graph differs."""
     import onnx
 
-    calls = dict(operators())
+    calls = operators()
     found = []
     for opset in (20, 23):
         functions = {op: on_graph(f, opset, _load) for op, f in calls.items() if opset == 20 or op.startswith(SINCE_23)}

@@ -41,7 +41,7 @@ def implementations() -> tuple[Implementation, ...]:
     """A row for every level, format and opset."""
     import onnxruntime
 
-    calls = dict(operators())
+    calls = operators()
     found = []
     for opset in (20, 23):
         named = {op: f for op, f in calls.items() if opset == 20 or op.startswith(SINCE_23)}

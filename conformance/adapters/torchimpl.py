@@ -9,7 +9,6 @@ one part to the next, which is the eager profile; STRICT names those that round 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -22,11 +21,17 @@ from conformance.case import OPERATORS, Function, Package, Unsupported, families
 # One rounding, of the output: everything inside is float32 or better.
 STRICT = ("activation.", "norm.", "rope.", "attention_kernel.")
 
+# Drawn cases of a law at most, in formats other than float32, which runs the same lines with as many as are asked for.
+EXAMPLES = 5
 
-def compiled(function: Function, backend: str, device: str = "cpu", most: int | None = None) -> Function:
-    """`function` as one graph of torch.compile, sizes open; numbers, names and None are part of the graph.
 
-    most: how many graphs are captured; a case that needs another one is declined.
+def compiled(
+    function: Function, backend: str, device: str = "cpu", *, dynamic: bool | None = True, most: int | None = None
+) -> Function:
+    """`function` as one graph of torch.compile; numbers, names and None are part of the graph.
+
+    dynamic: True for open sizes from the first call on, None for torch's own choice: open where they have changed.
+    most: how many such functions are compiled; a case that needs another one is declined.
     """
     graphs: dict[Any, Any] = {}
 
@@ -40,7 +45,7 @@ def compiled(function: Function, backend: str, device: str = "cpu", most: int | 
             if len(graphs) == most:
                 raise Unsupported(f"{most} graph of every operator is captured here, all by torchimpl-compiled")
             graphs[key] = torch.compile(
-                lambda given: function(**given, **fixed), fullgraph=True, dynamic=True, backend=backend
+                lambda given: function(**given, **fixed), fullgraph=True, dynamic=dynamic, backend=backend
             )
         with torch.no_grad():
             return to_arrays(graphs[key](tensors))
@@ -52,8 +57,9 @@ def rows(
     *,
     eager: Sequence[str] = DTYPES,
     captured: Sequence[str] = (),
-    most: int | None = None,
     backend: str = "aot_eager",
+    dynamic: bool | None = True,
+    most: int | None = None,
     device: str = "cpu",
 ) -> tuple[Implementation, ...]:
     """Eager rows in some formats, then rows compiled by `backend`, where the laws are left to the eager ones."""
@@ -67,27 +73,26 @@ def rows(
     torch._dynamo.config.specialize_float = torch._dynamo.config.specialize_int = True
     package = Package("torchimpl.ops")
     for family in families():
-        getattr(package, family, None)
-    calls = {}
-    for name, operator in OPERATORS().items():
-        with suppress(AttributeError):
-            calls[name] = operator.of(package)
+        getattr(package, family)
+    calls = {name: operator.of(package) for name, operator in OPERATORS().items()}
     found = []
     for variant, formats in (("", eager), ("compiled", captured)):
         for dtype in formats:
             made = {
-                op: compiled(f, backend, device, most) if variant else on_arrays(f, device) for op, f in calls.items()
+                op: compiled(f, backend, device, dynamic=dynamic, most=most) if variant else on_arrays(f, device)
+                for op, f in calls.items()
             }
             strict = {op: f for op, f in made.items() if not Profile(dtype).sixteen_bit or op.startswith(STRICT)}
             rest = {op: f for op, f in made.items() if op not in strict}
             version = f"torch {torch.__version__}, {backend if variant else 'eager'}, {device}"
+            most_drawn = None if dtype == "float32" else EXAMPLES
             for functions, profile in ((strict, "strict"), (rest, "eager")):
                 if functions:
                     name, declared = f"torchimpl {variant}".strip(), Profile(dtype, profile, "A64")
-                    found.append(Implementation(name, functions, declared, version, not variant, variant=variant))
+                    found.append(Implementation(name, functions, declared, version, not variant, most_drawn, variant))
     return tuple(found)
 
 
 def implementations() -> tuple[Implementation, ...]:
     """Every format eagerly; a graph of every operator in float32, captured but not turned into code."""
-    return rows(captured=("float32",), most=1)
+    return rows(captured=("float32",), dynamic=None, most=1)

@@ -91,9 +91,7 @@ def attend(
     if mask is not None:
         check.boolean("attention.attend", "mask", mask)
         lengths = (*q.shape[:-3], q.shape[-2], q.shape[-3], k.shape[-3])
-        fits = mask.ndim == len(lengths) and all(
-            own in (1, full) for own, full in zip(mask.shape, lengths, strict=True)
-        )
+        fits = mask.ndim == len(lengths) and check.broadcasts(mask.shape, lengths)
         fits = fits or tuple(mask.shape) == lengths[-2:]
         check.shape("attention.attend", fits, "a mask (n, m), or (*b, h, n, m) with lengths or 1", mask=mask, q=q, k=k)
     # Heads before tokens.

@@ -98,8 +98,7 @@ def _checked(operation: str, scores: Tensor, mask: Tensor | None) -> Tensor:
     check.shape(operation, scores.ndim >= 1, "scores with a key axis, (..., m)", scores=scores)
     if mask is not None:
         check.boolean(operation, "mask", mask)
-        sizes = zip(reversed(mask.shape), reversed(scores.shape), strict=False)
-        fits = mask.ndim <= scores.ndim and all(own in (1, size) for own, size in sizes)
+        fits = check.broadcasts(mask.shape, scores.shape)
         check.shape(operation, fits, "a mask that broadcasts to the scores", scores=scores, mask=mask)
     return check.island(scores)
 

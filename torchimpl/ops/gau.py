@@ -265,8 +265,7 @@ def _scores(operation: str, q: Tensor, k: Tensor, scale: float, bias: Tensor | N
     if bias is None:
         return scores
     check.real(operation, "bias", bias)
-    sizes = zip(reversed(bias.shape), reversed(scores.shape), strict=False)
-    fits = bias.ndim <= scores.ndim and all(own in (1, size) for own, size in sizes)
+    fits = check.broadcasts(bias.shape, scores.shape)
     check.shape(operation, fits, "a bias that broadcasts to the scores (*b, n, m)", scores=scores, bias=bias)
     return scores + bias
 

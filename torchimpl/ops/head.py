@@ -160,7 +160,11 @@ def _tokens(
     check.boolean(operation, "mask", mask)
     check.integer(operation, "positions", positions)
     z = _dense(operation, x, kernel, bias)
-    fits = z.ndim >= 2 and mask.shape == z.shape[:-1] and positions.shape in (mask.shape, mask.shape[-1:])
+    fits = (
+        z.ndim >= 2
+        and mask.shape == z.shape[:-1]
+        and (positions.shape == mask.shape or positions.shape == mask.shape[-1:])
+    )
     expected = "x (..., n, d), mask (..., n) and positions (n,) or (..., n)"
     check.shape(operation, fits, expected, x=x, mask=mask, positions=positions)
     pairs = mask[..., :, None] & mask[..., None, :]

@@ -215,7 +215,7 @@ def _run(
     g, bounds = None, None
     if log_decay is not None:
         g = check.real(operation, "log_decay", log_decay)
-        fits = g.shape in ((b, n, h), (b, n, h, d))
+        fits = g.shape == (b, n, h) or g.shape == (b, n, h, d)
         check.shape(operation, fits, "log_decay of shape (b, n, h) or (b, n, h, d)", log_decay=g, q=q)
         g = g.to(torch.float32 if g.device.type == "mps" else torch.float64)
         g = (g if g.ndim == 4 else g[..., None]).transpose(1, 2)

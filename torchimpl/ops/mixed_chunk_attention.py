@@ -401,8 +401,7 @@ def _chunked_ids(op: str, segments: Tensor) -> Tensor:
 
 
 def _per_token(op: str, name: str, x: Tensor, v: Tensor) -> Tensor:
-    sizes = zip(reversed(x.shape), reversed(v.shape[:-1]), strict=False)
-    fits = 1 <= x.ndim < v.ndim and all(own == 1 or own == size for own, size in sizes)
+    fits = x.ndim >= 1 and check.broadcasts(x.shape, v.shape[:-1])
     check.shape(op, fits, f"{name} that broadcasts to the tokens {tuple(v.shape[:-1])}", **{name: x}, v=v)
     return x.expand(v.shape[:-1])
 

@@ -264,10 +264,7 @@ def _check_rotation(operation: str, x: Tensor, angles: Tensor, *, partial: bool 
         check.shape(operation, 2 * r <= d, "angles for at most d/2 pairs", x=x, angles=angles)
     else:
         check.shape(operation, 2 * r == d, "angles for d/2 pairs", x=x, angles=angles)
-    fits = angles.ndim <= x.ndim
-    # Axes are counted from the last; where the angles have fewer, the others are broadcast.
-    for n, m in zip(reversed(x.shape[:-1]), reversed(angles.shape[:-1]), strict=False):
-        fits = fits and (m == n or m == 1)
+    fits = check.broadcasts(angles.shape[:-1], x.shape[:-1])
     expected = "angles that broadcast to x[..., :r]; insert the head axis, angles[..., None, :]"
     check.shape(operation, fits, expected, x=x, angles=angles)
 
