@@ -132,7 +132,8 @@ def export(out: Path, trained: Stage, *, fresh: bool = False) -> Stage:
     depends = {
         "code": stage.code("export", "refimpl", "torchimpl/checkpoint.py", "demo/classifiers.py"),
         "weights": trained.result["sha256"],
-        "versions": stage.versions("numpy", "onnx", "onnxruntime", "torch"),
+        "config": stage.digest(trained.folder / "model" / "config.json"),
+        "versions": stage.versions("numpy", "onnx", "onnxruntime", "onnxscript", "torch"),
     }
     return stage.stage(out, f"{trained.name.partition('/')[0]}/exported", depends, make, fresh=fresh)
 
@@ -144,7 +145,8 @@ def serve(out: Path, trained: Stage, exported: Stage, data: Digits, *, fresh: bo
     def make(folder: Path) -> dict[str, Any]:
         asked = folder / "asked.npz"
         _keep(asked, {part: (getattr(data, part).token_ids, getattr(data, part).segment_ids) for part in PARTS})
-        command = [sys.executable, "-m", "demo.answer", str(file), str(asked), str(folder / ANSWERS)]
+        # -P: not what happens to lie in the folder of the caller.
+        command = [sys.executable, "-P", "-m", "demo.answer", str(file), str(asked), str(folder / ANSWERS)]
         environment = {**os.environ, "PYTHONPATH": str(stage.ROOT)}
         done = subprocess.run(command, capture_output=True, text=True, env=environment)
         if done.returncode:

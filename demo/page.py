@@ -42,11 +42,13 @@ def html(
         pictures=plots.digits(data.test, answers),
         judged=judged,
         ok=all(s.result["ok"] for s in judged),
+        agree=all(s["served"].result["equal"] == s["served"].result["images"] for _, s in models),
         cases=sum(found["judged"] for found in results),
         families=families(results),
         columns=columns(results),
-        operators=squares(results),
-        third=[found for found in results if found["adapter"] not in judging.OWN],
+        squares=squares(results),
+        operators={row["operator"] for found in results for row in found["rows"]},
+        third=[found | {"rows": deviating(found)} for found in results if found["adapter"] not in judging.OWN],
         word=judging.word,
         ratio=judging.ratio,
         figure=report.figure,
@@ -56,29 +58,34 @@ def html(
     )
 
 
+def deviating(found: dict[str, Any]) -> list[dict[str, Any]]:
+    """What there is to say about an adapter: rows with a convention, a reason, or another verdict than pass."""
+    rows = [r for r in found["rows"] if r["convention"] or r["reasons"] or r["outcome"] != "pass"]
+    return [r | {"precisions": judging.precisions(r, found)} for r in judging.merged(rows, "reasons")]
+
+
 def columns(results: list[dict[str, Any]]) -> list[tuple[str, str]]:
     """(adapter, precision) of every column of the heat map."""
     return [(found["adapter"], head) for found in results for head in found["columns"]]
 
 
 def squares(results: list[dict[str, Any]]) -> dict[str, dict[tuple[str, str], dict[str, Any]]]:
-    """Operator -> column -> the row that tells about it."""
+    """Operator (and variant) -> column -> the row that tells about it."""
     made: dict[str, dict[tuple[str, str], dict[str, Any]]] = {}
     for found in results:
         for row in found["rows"]:
-            made.setdefault(row["operator"], {})[found["adapter"], row["column"]] = row
+            made.setdefault(row["row"], {})[found["adapter"], row["column"]] = row
     return dict(sorted(made.items()))
 
 
 def families(results: list[dict[str, Any]]) -> dict[str, dict[tuple[str, str], dict[str, Any]]]:
-    """Family -> column -> the worst of its operators, their number, and how many deviate or fail."""
+    """Family -> column -> the worst of its operators, and their names."""
     made: dict[str, dict[tuple[str, str], dict[str, Any]]] = {}
-    for op, cells in squares(results).items():
+    for cells in squares(results).values():
         for column, row in cells.items():
-            family = made.setdefault(op.partition(".")[0], {})
-            known = family.setdefault(column, {"outcome": "skipped", "ratio": None, "operators": 0, "deviate": 0})
-            known["operators"] += 1
-            known["deviate"] += row["outcome"] not in ("pass", "skipped", "unverifiable")
+            family = made.setdefault(row["operator"].partition(".")[0], {})
+            known = family.setdefault(column, {"outcome": "skipped", "ratio": None, "operators": set()})
+            known["operators"].add(row["operator"])
             known["outcome"] = min(known["outcome"], row["outcome"], key=ORDER.index)
             if row["ratio"] is not None and (known["ratio"] is None or row["ratio"] > known["ratio"]):
                 known["ratio"] = row["ratio"]

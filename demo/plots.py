@@ -29,11 +29,16 @@ def learning(runs: dict[str, dict[str, Any]], majority: float) -> str:
         best = epochs[told["best"] - 1]
         right.plot([best[0]], [100 * best[4]], "o", color=colour, markersize=6)
     right.axhline(100 * majority, color=SOFT, linewidth=1, linestyle=(0, (2, 3)))
-    right.text(1, 100 * majority + 1.5, "always the most frequent digit", color=SOFT, fontsize=8.5)
-    left.set(yscale="log", xlabel="epoch", title="Cross entropy")
-    right.set(ylim=(0, 101), xlabel="epoch", title="Accuracy on the validation images (%)")
+    # On the right, where the curves are high above it.
+    place = right.get_yaxis_transform()
+    right.text(0.99, 100 * majority + 1.5, "always the most frequent digit", color=SOFT, fontsize=8.5, ha="right",
+               transform=place)  # fmt: skip
+    left.set(yscale="log", xlabel="epoch")
+    right.set(ylim=(0, 101), xlabel="epoch")
+    _title(left, "Cross entropy")
+    _title(right, "Accuracy on the validation images (%)")
     left.legend(frameon=False, fontsize=8.5)
-    right.legend(frameon=False, fontsize=8.5, loc="lower right")
+    right.legend(frameon=False, fontsize=8.5, loc="lower right", bbox_to_anchor=(1.0, 0.15))
     return _svg(figure)
 
 
@@ -48,7 +53,8 @@ def whitening(runs: dict[str, dict[str, Any]]) -> str:
             axes.plot([k for k, _ in points], [100 * a for _, a in points], color=colour, marker="o", markersize=3,
                       linewidth=1.6, label=f"gamma {gamma:g}")  # fmt: skip
         axes.axhline(100 * told["before"]["test"], color=SOFT, linewidth=1, linestyle=(0, (2, 3)))
-        axes.set(xscale="log", xlabel="components kept, k", title=f"{title}: nearest neighbour, test images (%)")
+        axes.set(xscale="log", xlabel="components kept, k")
+        _title(axes, f"{title}: nearest neighbour right (%)")
         ks = sorted({k for _, _, k, *_ in found})
         axes.set_xticks(ks, [str(k) for k in ks])
         axes.minorticks_off()
@@ -86,9 +92,12 @@ def _axes(rows: int, columns: int, size: tuple[float, float]) -> Any:
         axes.spines[["left", "bottom"]].set_color(LINE)
         axes.tick_params(colors=SOFT, labelsize=8.5, length=3)
         axes.grid(axis="y", color=LINE, linewidth=0.6)
-        axes.title.set(color=INK, fontsize=10.5, fontweight="semibold", ha="left", x=0.0)
         axes.xaxis.label.set(color=SOFT, fontsize=9)
     return figure, panels
+
+
+def _title(axes: Any, text: str) -> None:
+    axes.set_title(text, loc="left", color=INK, fontsize=10.5, fontweight="bold")
 
 
 def _svg(figure: Any) -> str:

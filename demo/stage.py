@@ -1,11 +1,13 @@
 """A long run in stages: what is done is taken up as long as nothing that it depends on has changed.
 
 A stage is a folder. `begun` holds the key of everything that the stage depends on; stage.json, written last, holds the
-key, the result and the SHA-256 of the stage's files. Only folders that carry one of the two are ever removed.
+key, the result and the SHA-256 of the stage's files. Only folders that carry such a key are ever removed, and none that
+is reached through a link.
 """
 
 import hashlib
 import json
+import re
 import shutil
 import time
 from collections.abc import Callable, Mapping
@@ -45,6 +47,7 @@ def stage(
     done = None if fresh else _done(folder, key)
     if done is not None:
         return Stage(name, done["result"], folder, done["seconds"], True)
+    _reachable(out, folder)
     if fresh or not _begun(folder, key):
         _clear(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -86,26 +89,50 @@ def versions(*packages: str) -> dict[str, str]:
 
 
 def _done(folder: Path, key: str) -> Any:
-    try:
-        done = json.loads((folder / DONE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
+    done = _told(folder)
     same = done.get("key") == key and done.get("files") == _files(folder)
     failed = isinstance(done.get("result"), dict) and done["result"].get("ok") is False
     return done if same and not failed else None
 
 
-def _begun(folder: Path, key: str) -> bool:
-    file = folder / BEGUN
-    return file.is_file() and file.read_text(encoding="utf-8") == key
+def _told(folder: Path) -> dict[str, Any]:
+    """What stage.json says; nothing where it is absent, damaged or somebody else's."""
+    try:
+        told = json.loads((folder / DONE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return told if isinstance(told, dict) and {"key", "seconds", "result", "files"} <= told.keys() else {}
+
+
+def _begun(folder: Path, key: str | None = None) -> bool:
+    """Whether a stage with this key, or with any, was begun here."""
+    try:
+        found = (folder / BEGUN).read_text(encoding="utf-8")
+    except (OSError, ValueError):
+        return False
+    return found == key if key is not None else re.fullmatch("[0-9a-f]{64}", found) is not None
+
+
+def _reachable(out: Path, folder: Path) -> None:
+    for path in (folder, *folder.parents):
+        if path == out:
+            return
+        if path.is_symlink():
+            raise StageError(f"demo: {path} is in the way: it is a link, and what it points to is left as it is")
 
 
 def _clear(folder: Path) -> None:
     if not folder.exists():
         return
-    if not folder.is_dir() or (any(folder.iterdir()) and not ((folder / DONE).is_file() or (folder / BEGUN).is_file())):
+    if not folder.is_dir() or (any(folder.iterdir()) and not (_told(folder) or _begun(folder))):
         raise StageError(f"demo: {folder} is in the way: it was not made by the demonstration and is left as it is")
-    shutil.rmtree(folder)
+    # What says whose the folder is goes last: when this is stopped, the next run can go on with it.
+    for path in sorted(folder.iterdir(), key=lambda path: path.name in (BEGUN, DONE)):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+    folder.rmdir()
 
 
 def _files(folder: Path) -> dict[str, str]:

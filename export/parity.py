@@ -158,6 +158,7 @@ def cases(config: Any) -> Iterator[Case]:
         at = np.arange(n)
         masks = {"every token": at < n}
         if n != LONG:
+            # The one token is in the middle: a mask is not only how many tokens there are.
             masks |= {"all but a tail": at < (n + 1) // 2, "one token": at == n // 2, "no token": at < 0}
             masks["each"] = np.stack(list(masks.values()))
         for name, mask in masks.items():

@@ -277,7 +277,8 @@ def step(
 ) -> tuple[Float[np.ndarray, "*b n _"], State]:
     """The outputs of the next n tokens of a causal stream and the state after them; n may be any number, 0 too.
 
-    C1. However the sequence is split into blocks, the outputs must be those of `causal` on the whole.
+    C1. However the sequence is split into blocks, the outputs must be those of `causal` on the whole; a normaliser that
+        reads the length of the whole (`lucidrains`) is given that of the stream so far.
     C2. A complete chunk must be added to S and leave the buffer; f = tokens mod c stay behind.
     C3. The given state must not be changed. Positions, hence RoPE, go on from block to block.
     Raises: as `causal`, and ShapeError for a state that does not fit.

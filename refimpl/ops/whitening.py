@@ -314,6 +314,8 @@ def search(
     Raises: DomainError for an empty grid, only NaN scores, or a point that `projection` refuses. Source: kexue.fm 9079.
     """
     op = "whitening.search"
+    ks = [int(check.integer(op, "k", k)) for k in ks]
+    check.domain(op, min(ks, default=1) >= 1, "every k >= 1", ks=ks)
     trials = []
     for beta in betas:
         sigma = covariance(m, beta=beta)

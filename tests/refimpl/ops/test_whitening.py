@@ -279,6 +279,13 @@ def test_spearman_against_scipy_and_by_hand():
     np.testing.assert_allclose(rows, [1, -1], rtol=1e-14)
 
 
+@pytest.mark.parametrize("ks", [[0], [3, 0], [-1, 2]])
+def test_search_refuses_a_k_that_keeps_nothing(ks):
+    m = whitening.moments(well(14))
+    with pytest.raises(DomainError, match="every k >= 1"):
+        whitening.search(m, lambda encode: 1.0, betas=[1.0], gammas=[1.0], ks=ks)
+
+
 def test_search_scores_the_whole_grid_and_keeps_the_first_best():
     x = well(14)
     m = whitening.moments(x)
