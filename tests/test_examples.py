@@ -1,5 +1,6 @@
 """What users copy runs: adapters are judged, property tests pass, and the failing one shows its counter-example."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 from conformance import report, runner
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
+README = (EXAMPLES.parent / "README.md").read_text(encoding="utf-8")
 
 
 def pytest_of(name):
@@ -48,3 +50,35 @@ def test_a_failing_law_shows_the_shrunk_case():
     assert done.returncode == 1
     for part in ("test_impulse_response(", "LawFailed", "law impulse_response"):
         assert part in done.stdout
+
+
+def section(title):
+    """The Python blocks and the `refimpl` commands of a section of the README, in order."""
+    text = README.partition(f"\n## {title}\n")[2].partition("\n## ")[0]
+    made = []
+    for language, block in re.findall(r"```(python)?\n(.*?)```", text, flags=re.DOTALL):
+        if language:
+            made.append([sys.executable, "-c", block])
+        else:
+            lines = [line.partition("#")[0].split() for line in block.splitlines()]
+            made += [[sys.executable, "-m", "refimpl.cli", *line[1:]] for line in lines]
+    return made
+
+
+def test_a_model_as_the_readme_trains_exports_and_serves_it(tmp_path):
+    for command in section("A model: train, export, serve"):
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    first, second = done.stdout.strip("[]\n ").split("]\n [")
+    # The first row holds a 7, the second does not.
+    assert float(first.split()[1]) > float(first.split()[0])
+    assert float(second.split()[1]) < float(second.split()[0])
+
+
+def test_the_operators_as_the_readme_calls_them(tmp_path):
+    commands = section("The operators in PyTorch and in ONNX") + section("In Python")
+    assert len(commands) == 3
+    for command in commands:
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    assert (tmp_path / "rms_norm.onnx").is_file() and (tmp_path / "out" / "gau_unit.onnx").is_file()
