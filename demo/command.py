@@ -34,13 +34,14 @@ def demo(
     from demo import run
     from demo.stage import StageError
     from export.parity import ParityError
+    from torchimpl.train import TrainError
 
     try:
         ok = run.run(out, console, errors, fresh=fresh)
     except ParityError as error:
         errors.print(f"[red]refimpl:[/red] {escape(str(error))}", soft_wrap=True)
         raise typer.Exit(1) from None
-    except (StageError, AdapterError, CorpusError, OSError) as error:
+    except (StageError, TrainError, AdapterError, CorpusError, OSError) as error:
         errors.print(f"[red]refimpl:[/red] {escape(str(error))}", soft_wrap=True)
         raise typer.Exit(2) from None
     except KeyboardInterrupt:

@@ -55,5 +55,5 @@ def jitter(token_ids: Any, generator: Any) -> Any:
     """Every pixel one shade darker, lighter or the same: other images of the same digits (tensors of torch)."""
     import torch
 
-    moved = token_ids + torch.randint(-1, 2, token_ids.shape, generator=generator)
+    moved = token_ids + torch.randint(-1, 2, token_ids.shape, generator=generator, dtype=token_ids.dtype)
     return moved.clamp(0, SHADES - 1)
