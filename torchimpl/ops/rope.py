@@ -246,8 +246,13 @@ def _angle_dtype(device: torch.device) -> torch.dtype:
 def _rotated(a: Tensor, b: Tensor, angles: Tensor) -> tuple[Tensor, Tensor]:
     dtype, angles = a.dtype, angles.to(_angle_dtype(angles.device))
     a, b = check.island(a), check.island(b)
-    cos, sin = torch.cos(angles).to(a.dtype), torch.sin(angles).to(a.dtype)
+    cos, sin = _table(torch.cos(angles).to(a.dtype)), _table(torch.sin(angles).to(a.dtype))
     return (a * cos - b * sin).to(dtype), (a * sin + b * cos).to(dtype)
+
+
+def _table(x: Tensor) -> Tensor:
+    """x as numbers in memory: compiled code would compute cosines and sines anew for every head of every sequence."""
+    return x.as_strided(x.shape, x.stride()) if torch.compiler.is_compiling() else x
 
 
 def _check_axes(operation: str, x: Tensor, angles: Tensor) -> None:
