@@ -9,7 +9,7 @@ import hypothesis
 import jaxtyping
 
 # Before the first import of an operator file: the hook rewrites modules while they are loaded.
-jaxtyping.install_import_hook(["refimpl.ops", "refimpl.models"], "beartype.beartype")
+jaxtyping.install_import_hook("refimpl.ops", "beartype.beartype")
 
 # No deadline: a loaded machine is no failure of the code under test.
 _COMMON = {"deadline": None, "max_examples": 25, "suppress_health_check": [hypothesis.HealthCheck.too_slow]}

@@ -11,7 +11,8 @@ from torchimpl.ops import attention_kernel
 @pytest.mark.parametrize(
     ("x", "y", "fits"),
     [
-        ((), (2, 3), True), ((3,), (2, 3), True), ((1, 1), (2, 3), True), ((2, 1), (2, 3), True), ((2, 3), (2, 3), True),
+        ((), (2, 3), True), ((3,), (2, 3), True), ((1, 1), (2, 3), True), ((2, 1), (2, 3), True),
+        ((2, 3), (2, 3), True),
         ((2,), (2, 3), False), ((2, 3), (3,), False), ((1, 2, 3), (2, 3), False), ((4, 3), (1, 3), False),
         ((0,), (1,), False), ((1,), (0,), True),
     ],
