@@ -140,10 +140,17 @@ def test_the_html_page_is_self_contained_and_escaped(wrong):
     assert "&lt;" in report.html([runner.check(wrong, examples=0)], [("<b>", "x")])
 
 
-def test_a_report_appears_only_when_whole(tmp_path):
-    with pytest.raises(TypeError):
-        report.write(tmp_path / "r.html", 3)
+@pytest.mark.parametrize("content", ["text", b"bytes"])
+def test_a_report_appears_only_when_whole(tmp_path, monkeypatch, content):
+    def stopped(*_):
+        raise InterruptedError
+
+    with monkeypatch.context() as patch, pytest.raises(InterruptedError):
+        patch.setattr(report.os, "replace", stopped)
+        report.write(tmp_path / "r.html", content)
     assert list(tmp_path.iterdir()) == []
+    report.write(tmp_path / "r.html", content)
+    assert (tmp_path / "r.html").read_bytes() in (b"text", b"bytes")
 
 
 def command(*words):
