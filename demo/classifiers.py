@@ -150,7 +150,8 @@ def serve(out: Path, trained: Stage, exported: Stage, data: Digits, *, fresh: bo
         environment = {**os.environ, "PYTHONPATH": str(stage.ROOT)}
         done = subprocess.run(command, capture_output=True, text=True, env=environment)
         if done.returncode:
-            raise RuntimeError(f"demo: {' '.join(command)} ended with {done.returncode}: {done.stderr.strip()}")
+            last = (done.stderr.strip() or "nothing on stderr").splitlines()[-1]
+            raise stage.StageError(f"demo: {' '.join(command)} ended with {done.returncode}: {last}")
         told = json.loads(done.stdout)
         mine, theirs = read(folder), read(trained.folder)
         told["accuracy"] = {part: _accuracy(mine[part][0], getattr(data, part)) for part in PARTS}

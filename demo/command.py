@@ -29,6 +29,16 @@ def demo(
     What is done is kept: a second run, or one after Ctrl-C, takes it up. Exit status 1 where something failed that is
     not explained.
     """
+    try:
+        ok = _run(out, fresh)
+    except KeyboardInterrupt:
+        errors.print("refimpl: stopped; what is done is kept, and the next run takes it up")
+        raise typer.Exit(130) from None
+    raise typer.Exit(0 if ok else 1)
+
+
+def _run(out: Path, fresh: bool) -> bool:
+    # Loading all of this takes seconds, in which Ctrl-C is heard as well.
     from conformance.adapters import AdapterError
     from conformance.vectors import CorpusError
     from demo import run
@@ -37,14 +47,10 @@ def demo(
     from torchimpl.train import TrainError
 
     try:
-        ok = run.run(out, console, errors, fresh=fresh)
+        return run.run(out, console, errors, fresh=fresh)
     except ParityError as error:
         errors.print(f"[red]refimpl:[/red] {escape(str(error))}", soft_wrap=True)
         raise typer.Exit(1) from None
     except (StageError, TrainError, AdapterError, CorpusError, OSError) as error:
         errors.print(f"[red]refimpl:[/red] {escape(str(error))}", soft_wrap=True)
         raise typer.Exit(2) from None
-    except KeyboardInterrupt:
-        errors.print("refimpl: stopped; what is done is kept, and the next run takes it up")
-        raise typer.Exit(130) from None
-    raise typer.Exit(0 if ok else 1)

@@ -1,11 +1,14 @@
 """The export's sub-command: export."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 from rich.markup import escape
+
+if TYPE_CHECKING:
+    from export.parity import Parity
 
 app = typer.Typer(add_completion=False, no_args_is_help=True)
 console = Console()
@@ -31,19 +34,8 @@ def export(
 
     Exit status 1, and no file, where the graph leaves its bound.
     """
-    from export import model
-    from export.parity import ParityError
-    from refimpl.check import SpecError
-    from torchimpl.checkpoint import CheckpointError
-
     try:
-        found = model.export(folder, out, opset=opset, dtype=dtype, inline=inline)
-    except ParityError as error:
-        errors.print(f"[red]refimpl:[/red] {escape(str(error))}", soft_wrap=True)
-        raise typer.Exit(1) from None
-    except (CheckpointError, model.ExportError, SpecError, OSError) as error:
-        errors.print(f"[red]refimpl:[/red] {escape(str(error))}", soft_wrap=True)
-        raise typer.Exit(2) from None
+        found = _export(folder, out, opset, dtype, inline)
     except KeyboardInterrupt:
         errors.print("refimpl: stopped; nothing was written")
         raise typer.Exit(130) from None
@@ -54,3 +46,20 @@ def export(
             soft_wrap=True,
         )
     console.print(f"{escape(str(out))}: opset {opset}, {dtype}, {out.stat().st_size / 1e6:.2f} MB", soft_wrap=True)
+
+
+def _export(folder: Path, out: Path, opset: int, dtype: str, inline: bool) -> "tuple[Parity, ...]":
+    # Loading all of this takes seconds, in which Ctrl-C is heard as well.
+    from export import model
+    from export.parity import ParityError
+    from refimpl.check import SpecError
+    from torchimpl.checkpoint import CheckpointError
+
+    try:
+        return model.export(folder, out, opset=opset, dtype=dtype, inline=inline)
+    except ParityError as error:
+        errors.print(f"[red]refimpl:[/red] {escape(str(error))}", soft_wrap=True)
+        raise typer.Exit(1) from None
+    except (CheckpointError, model.ExportError, SpecError, OSError) as error:
+        errors.print(f"[red]refimpl:[/red] {escape(str(error))}", soft_wrap=True)
+        raise typer.Exit(2) from None

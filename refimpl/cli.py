@@ -17,6 +17,7 @@ GROUP = "refimpl.commands."
 COMMAND_LINE_EXTRA = "conformance"
 # Exit status: 0 nothing failed, 1 something failed, 2 the command could not do its work.
 UNABLE = 2
+INTERRUPTED = 130
 
 ABOUT = """One NumPy definition of every operator of RoFormer, GAU, FLASH, LoRA, CAN and whitening, and a judge \
 that says which implementations are right, which convention they follow and how far off they are."""
@@ -39,6 +40,10 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(_without_command_line(words, error))
     try:
         _root(typer, words).main(args=words, prog_name="refimpl")
+    except KeyboardInterrupt:
+        # While sub-commands are loaded; later each has its own word for it.
+        print("refimpl: stopped", file=sys.stderr)
+        sys.exit(INTERRUPTED)
     except ModuleNotFoundError as error:
         if _is_ours(error):
             raise

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import refimpl
+from refimpl import cli
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -186,3 +187,13 @@ def test_without_the_command_line_packages_it_says_what_to_install(installed, wo
 def test_the_version_needs_no_extra(installed):
     done = refimpl_command(installed, "--version", before=without("typer"))
     assert (done.returncode, done.stdout) == (0, f"refimpl {refimpl.__version__}\n")
+
+
+def test_ctrl_c_while_sub_commands_are_loaded(monkeypatch, capsys):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "_root", interrupted)
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["check"])
+    assert stopped.value.code == 130 and capsys.readouterr().err == "refimpl: stopped\n"
