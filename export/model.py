@@ -41,7 +41,9 @@ def build(config: Any, weights: Mapping[str, np.ndarray], *, opset: int = OPSET)
     size = sum(array.nbytes for array in weights.values())
     if size > LARGEST * 0.99:
         raise ExportError(f"export: the weights have {size} bytes; one ONNX file holds less than {LARGEST}")
-    forward = importlib.import_module(f"export.models.{config.model}").forward
+    forward = getattr(importlib.import_module(f"export.models.{config.model}"), "forward", None)
+    if forward is None:
+        raise ExportError(f"export: {config.model} is an encoder without a classifier, which cannot be exported yet")
     ids = np.zeros((2, 3), np.int64)
     examples = {"token_ids": ids, "segment_ids": ids, "mask": np.ones(ids.shape, np.bool_)}
 

@@ -2,6 +2,9 @@
 
 A model under judgement is a function with the arguments of the specification's forward, model(weights, token_ids,
 segment_ids, mask, config=config) -> (logits, embedding, hidden), which takes weights in the format of the profile.
+An encoder without a classifier is a function model(weights, token_ids, segment_ids, mask, positions, config=config,
+visible=name) -> (logits, x_0, ..., x_L): the masked language model's logits of every token and the hidden states;
+`visible` is bidirectional, causal or unilm. Its cases are EncoderCase, its laws ENCODER_LAWS.
 Laws are plain functions over a model, a case and the bounds of that model's reference.
 """
 
@@ -9,15 +12,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 
-from conformance.budget import Arithmetic, Ball, Profile
+from conformance.budget import Arithmetic, Ball, Profile, affine
 from conformance.case import storage_type
 from conformance.generate import Draw
 from conformance.law import LawFailed
-from conformance.ops import head, norm, pooling
+from conformance.ops import activation, attention, head, norm, pooling
+from refimpl.models import _encoder as spec
+from refimpl.ops import attention_kernel, rope
 
 Model = Callable[..., Any]
 
@@ -33,7 +38,7 @@ class Case:
     segment_ids: np.ndarray | None = None
     mask: np.ndarray | None = None
 
-    def with_(self, **changes: Any) -> Case:
+    def with_(self, **changes: Any) -> Self:
         return replace(self, **changes)
 
     @property
@@ -41,10 +46,53 @@ class Case:
         """Which tokens are real."""
         return np.ones(self.token_ids.shape, bool) if self.mask is None else self.mask
 
-    def rows(self, index: Any) -> Case:
+    @property
+    def segments(self) -> np.ndarray:
+        """The segment of every token."""
+        return np.zeros_like(self.token_ids) if self.segment_ids is None else self.segment_ids
+
+    def rows(self, index: Any) -> Self:
         """The case of some rows of the batch."""
         chosen = {n: getattr(self, n) for n in ("token_ids", "segment_ids", "mask")}
         return self.with_(**{n: None if a is None else np.ascontiguousarray(a[index]) for n, a in chosen.items()})
+
+    def call(self, model: Model, weights: Mapping[str, Any]) -> Any:
+        """What a model returns for these inputs."""
+        return model(weights, self.token_ids, self.segment_ids, self.mask, config=self.config)
+
+
+@dataclass(frozen=True)
+class EncoderCase(Case):
+    """A case of a model whose positions may be given, and whose tokens may see less than all real tokens."""
+
+    positions: np.ndarray | None = None
+    visible: str = "bidirectional"
+
+    @property
+    def places(self) -> np.ndarray:
+        """The positions, of every row or for all of them."""
+        return np.arange(self.token_ids.shape[1]) if self.positions is None else self.positions
+
+    @property
+    def keys(self) -> np.ndarray:
+        """The keys that every token sees, (b, n, n)."""
+        a, (b, n) = Arithmetic(Profile("float64")), self.token_ids.shape
+        among = {
+            "bidirectional": np.ones((n, n), bool),
+            "causal": attention.causal_mask(a, n, n),
+            "unilm": attention.unilm_mask(a, self.segments),
+        }
+        return np.broadcast_to(among[self.visible] & self.real[:, None, :], (b, n, n))
+
+    def rows(self, index: Any) -> Self:
+        made = super().rows(index)
+        if self.positions is None or self.positions.ndim == 1:
+            return made
+        return made.with_(positions=np.ascontiguousarray(self.positions[index]))
+
+    def call(self, model: Model, weights: Mapping[str, Any]) -> Any:
+        inputs = (self.token_ids, self.segment_ids, self.mask, self.positions)
+        return model(weights, *inputs, config=self.config, visible=self.visible)
 
 
 class Expected(NamedTuple):
@@ -55,18 +103,34 @@ class Expected(NamedTuple):
     hidden: Ball
     states: tuple[Ball, ...]
 
+    def results(self) -> dict[str, Ball]:
+        """What a model returns, by name."""
+        return {"logits": self.logits, "embedding": self.embedding, "hidden": self.hidden}
 
-Reference = Callable[[Arithmetic, Case], Expected]
-OUTPUTS = Expected._fields[:3]
+
+class ExpectedEncoder(NamedTuple):
+    """The logits of every token and the hidden state before and after every layer."""
+
+    logits: Ball
+    states: tuple[Ball, ...]
+
+    def results(self) -> dict[str, Ball]:
+        """What an encoder returns, by name."""
+        return {"logits": self.logits, **{f"x_{i}": state for i, state in enumerate(self.states)}}
 
 
-def weights_of(draw: Draw, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
-    """Weights in steps of 2^-7: scales and gammas around 1, everything else around 0."""
+Reference = Callable[[Arithmetic, Any], Expected | ExpectedEncoder]
+
+
+def weights_of(
+    draw: Draw, shapes: Mapping[str, tuple[int, ...]], step: Callable[[str], int] = lambda name: -7
+) -> dict[str, np.ndarray]:
+    """Weights in steps of 2^-7, or 2^step: scales and gammas around 1, everything else around 0."""
     made = {}
     for name, shape in shapes.items():
         near_one = name.endswith("scale") or "gamma" in name
         low, high = (64, 160) if near_one else (-95, 95)
-        made[name] = draw.grid(*shape, low=low, high=high, exponent=-7)
+        made[name] = draw.grid(*shape, low=low, high=high, exponent=step(name))
     return made
 
 
@@ -74,13 +138,16 @@ def run(model: Model, case: Case, profile: Profile) -> tuple[np.ndarray, ...]:
     """What a model returns on a case, as float64."""
     target = storage_type(profile.dtype)
     weights = {name: array.astype(target) for name, array in case.weights.items()}
-    made = model(weights, case.token_ids, case.segment_ids, case.mask, config=case.config)
-    return tuple(np.asarray(array, np.float64) for array in made)
+    return tuple(np.asarray(array, np.float64) for array in case.call(model, weights))
 
 
 def expected(reference: Reference, case: Case, profile: Profile) -> tuple[Ball, ...]:
-    """Logits, embedding and hidden as they should be, the rounding of the output included."""
-    return tuple(ball.finished() for ball in reference(Arithmetic(profile), case)[:3])
+    """The results as they should be, the rounding of the output included."""
+    return tuple(_finished(reference, case, profile).values())
+
+
+def _finished(reference: Reference, case: Case, profile: Profile) -> dict[str, Ball]:
+    return {name: ball.finished() for name, ball in reference(Arithmetic(profile), case).results().items()}
 
 
 def worst(model: Model, reference: Reference, case: Case, profile: Profile) -> float:
@@ -113,10 +180,9 @@ def right_padding(model: Model, case: Case, reference: Reference, profile: Profi
     def behind(array: np.ndarray, size: int) -> np.ndarray:
         return np.concatenate([array, draw.integers((b, 5), 0, size - 1)], axis=1)
 
-    segments = np.zeros_like(case.token_ids) if case.segment_ids is None else case.segment_ids
     longer = case.with_(
         token_ids=behind(case.token_ids, case.config.vocab_size),
-        segment_ids=behind(segments, case.config.segments),
+        segment_ids=behind(case.segments, case.config.segments),
         mask=np.concatenate([case.real, np.zeros((b, 5), bool)], axis=1),
     )
     logits, embedding, hidden = run(model, longer, profile)
@@ -138,8 +204,7 @@ def batch_permutes(model: Model, case: Case, reference: Reference, profile: Prof
 
 def segments_matter(model: Model, case: Case, reference: Reference, profile: Profile) -> None:
     """Another segment for every token moves the logits of every row with a real token, by more than rounding does."""
-    segments = np.zeros_like(case.token_ids) if case.segment_ids is None else case.segment_ids
-    moved = case.with_(segment_ids=(segments + 1) % case.config.segments)
+    moved = case.with_(segment_ids=(case.segments + 1) % case.config.segments)
     change = np.abs(run(model, moved, profile)[0] - run(model, case, profile)[0])
     rounding = sum(expected(reference, c, profile)[0].rad for c in (moved, case))
     still = ~(change > rounding).any(axis=-1) & case.real.any(axis=-1)
@@ -152,27 +217,126 @@ def segments_matter(model: Model, case: Case, reference: Reference, profile: Pro
 LAWS = (right_padding, one_by_one, batch_permutes, segments_matter)
 
 
+# Laws of encoders.
+def padding(model: Model, case: EncoderCase, reference: Reference, profile: Profile) -> None:
+    """Five padded tokens before or behind every row, in the batch or alone, change nothing on the rest."""
+    b, n = case.token_ids.shape
+    short = _finished(reference, case, profile)
+    for before, behind, side in ((5, 0, "left"), (0, 5, "right")):
+        longer, inner = _padded(case, before, behind), slice(before, before + n)
+        long = _finished(reference, longer, profile)
+        # Rows have nothing to do with each other, so that their bounds are those of the batch.
+        for rows in (slice(None), *(slice(i, i + 1) for i in range(b))):
+            made = tuple(array[:, inner] for array in run(model, longer.rows(rows), profile))
+            radii = {name: short[name].rad[rows] + long[name].rad[rows, inner] for name in short}
+            law = f"padding on the {side}, batch {len(case.token_ids[rows])}"
+            _within(law, made, run(model, case.rows(rows), profile), case, radii, profile)
+
+
+def unseen_tokens(model: Model, case: EncoderCase, reference: Reference, profile: Profile) -> None:
+    """A token that sees some others in no layer, not through others either, is the same to the bit whatever they are.
+
+    Causality is this law for the tokens behind one.
+    """
+    b, n = case.token_ids.shape
+    reached = case.keys | np.eye(n, dtype=bool)
+    for _ in range(case.config.layers):
+        reached = (reached.astype(int) @ reached.astype(int)) > 0
+    found = run(model, case, profile)
+    later = np.arange(n) >= np.array([[n // 2]])
+    for changed in (~case.real, later & (case.visible != "bidirectional"), later[:, ::-1] & (case.segments == 1)):
+        changed = np.broadcast_to(changed, (b, n))
+        blind = ~(reached & changed[:, None, :]).any(axis=-1)
+        ids = np.where(changed, (case.token_ids + 1) % case.config.vocab_size, case.token_ids)
+        for name, one, other in zip(_names(found), run(model, case.with_(token_ids=ids), profile), found, strict=True):
+            # NaN is not equal to itself, and is no answer.
+            differ = ~(one == other).all(axis=-1) & blind
+            if differ.any():
+                index = [int(i) for i in np.argwhere(differ)[0]]
+                raise LawFailed(
+                    f"{case.name} law unseen_tokens ({profile}): {name}{index} depends on the ids of tokens "
+                    f"{np.flatnonzero(changed[index[0]]).tolist()}, none of which it sees"
+                )
+
+
+def positions_shift(model: Model, case: EncoderCase, reference: Reference, profile: Profile) -> None:
+    """All positions 37 further on change nothing: only differences enter."""
+    moved = case.with_(positions=case.places + 37)
+    due = _finished(reference, moved, profile)
+    radii = {name: ball.rad + due[name].rad for name, ball in _finished(reference, case, profile).items()}
+    _within("positions_shift", run(model, moved, profile), run(model, case, profile), case, radii, profile)
+
+
+def segments_enter(model: Model, case: EncoderCase, reference: Reference, profile: Profile) -> None:
+    """Another segment for every token moves some result of every row by more than rounding does."""
+    moved = case.with_(segment_ids=(case.segments + 1) % case.config.segments)
+    still = np.ones(len(case.token_ids), bool)
+    due = zip(expected(reference, moved, profile), expected(reference, case, profile), strict=True)
+    for one, other, balls in zip(run(model, moved, profile), run(model, case, profile), due, strict=True):
+        change = np.abs(one - other) > balls[0].rad + balls[1].rad
+        still &= ~change.any(axis=(1, 2))
+    if still.any():
+        raise LawFailed(f"{case.name}: nothing of rows {np.flatnonzero(still).tolist()} depends on segment_ids")
+
+
+ENCODER_LAWS = (padding, unseen_tokens, positions_shift, one_by_one, batch_permutes, segments_enter)
+
+
+def _padded(case: EncoderCase, before: int, behind: int) -> EncoderCase:
+    """Hidden tokens with ids, segments and positions of their own around every row."""
+    b = len(case.token_ids)
+    draw = Draw(f"{case.name}/padding/{before}/{behind}")
+
+    def around(array: np.ndarray, size: int) -> np.ndarray:
+        return np.concatenate(
+            [draw.integers((b, before), 0, size - 1), array, draw.integers((b, behind), 0, size - 1)], axis=1
+        )
+
+    places = case.positions
+    return case.with_(
+        token_ids=around(case.token_ids, case.config.vocab_size),
+        segment_ids=around(case.segments, case.config.segments),
+        mask=np.pad(case.real, ((0, 0), (before, behind))),
+        positions=None if places is None else around(np.broadcast_to(places, case.token_ids.shape), 50),
+    )
+
+
+def _names(results: tuple[np.ndarray, ...]) -> list[str]:
+    return ["logits", *(f"x_{i}" for i in range(len(results) - 1))]
+
+
 def _equal(
     law: str, found: tuple[np.ndarray, ...], due: tuple[np.ndarray, ...], case: Case, reference: Reference, profile: Any
 ) -> None:
-    for name, one, other, ball in zip(OUTPUTS, found, due, expected(reference, case, profile), strict=True):
+    # Either run may err by the radius.
+    radii = {name: 2 * ball.rad for name, ball in _finished(reference, case, profile).items()}
+    _within(law, found, due, case, radii, profile)
+
+
+def _within(
+    law: str, found: tuple[np.ndarray, ...], due: tuple[np.ndarray, ...], case: Case, radii: Any, profile: Any
+) -> None:
+    for (name, radius), one, other in zip(radii.items(), found, due, strict=True):
         error = np.nan_to_num(np.abs(one - other), nan=np.inf)
-        # Either run may err by the radius.
-        beyond = error > 2 * ball.rad
+        beyond = error > radius
         if beyond.any():
             index = tuple(int(i) for i in np.argwhere(beyond)[0])
             raise LawFailed(
                 f"{case.name} law {law} ({profile}): {name}{list(index)}={one[index]:.6g}, should be "
-                f"{other[index]:.6g} within {2 * ball.rad[index]:.2g}; {int(beyond.sum())} of {beyond.size} differ"
+                f"{other[index]:.6g} within {radius[index]:.2g}; {int(beyond.sum())} of {beyond.size} differ"
             )
 
 
 # Parts of the references.
+def embedded(a: Arithmetic, case: Case) -> Ball:
+    """The sum of a token's vector and its segment's."""
+    token, segment = (a.exact(case.weights[f"embedding.{name}"]) for name in ("token", "segment"))
+    return (token[case.token_ids] + segment[case.segments]).stored()
+
+
 def embed(a: Arithmetic, case: Case) -> Ball:
     """The normalised sum of a token's vector and its segment's."""
-    segments = np.zeros_like(case.token_ids) if case.segment_ids is None else case.segment_ids
-    token, segment = (a.exact(case.weights[f"embedding.{name}"]) for name in ("token", "segment"))
-    return norm.rms_norm(a, (token[case.token_ids] + segment[segments]).stored(), case.config.epsilon)
+    return norm.rms_norm(a, embedded(a, case), case.config.epsilon)
 
 
 def layer_of(a: Arithmetic, case: Case, index: int) -> dict[str, Ball]:
@@ -186,6 +350,27 @@ def classified(a: Arithmetic, case: Case, hidden: Ball, states: list[Ball]) -> E
     kernel, bias = (a.exact(case.weights[f"classifier.{name}"]) for name in ("kernel", "bias"))
     embedding = pooling.masked_mean(a, hidden, case.real)
     return Expected(head.classify(a, embedding.stored(), kernel, bias), embedding, hidden, tuple(states))
+
+
+def self_attention(a: Arithmetic, case: EncoderCase, x: Ball, w: Mapping[str, Ball]) -> Ball:
+    """Softmax attention over the keys of the case, queries and keys turned by neighbouring pairs."""
+    names = [f"{kind}_{name}" for name in "qkvo" for kind in "wb"]
+    return attention.multi_head_attention(
+        a, x, case.keys[:, None], case.places, **{name: w.get(f"attention.{name}") for name in names},
+        heads=case.config.heads, layout="interleaved", base=case.config.rotary_base, kernel="softmax",
+    ).stored()  # fmt: skip
+
+
+def feed_forward(a: Arithmetic, case: Case, x: Ball, w: Mapping[str, Ball]) -> Ball:
+    """Two dense layers around the activation."""
+    inner = affine(x, w["feed_forward.w_in"], w.get("feed_forward.b_in")).stored()
+    inner = activated(a, case, inner)
+    return affine(inner, w["feed_forward.w_out"], w.get("feed_forward.b_out")).stored()
+
+
+def activated(a: Arithmetic, case: Case, x: Ball) -> Ball:
+    """The activation that the Config names."""
+    return getattr(activation, case.config.activation)(a, x).stored()
 
 
 # Inputs. Real tokens: all; left and right padding; holes; none. Ids of padding are ids like any other.
@@ -203,23 +388,266 @@ def batch(draw: Draw, config: Any, mask: np.ndarray | None, *, segments: bool = 
     }
 
 
+# The batches of encoders by name: mask, whether there are segment ids, changes of the Config, further inputs.
+CONTIGUOUS = (np.arange(11) >= np.array([[5], [8], [2], [0]])).astype(np.int64)
+# fmt: off
+ENCODER_BATCHES: dict[str, tuple[np.ndarray | None, bool, dict[str, Any], dict[str, Any]]] = {
+    "one layer": (None, True, {"layers": 1}, {}),
+    "padded": (MASK, True, {"layers": 3}, {}),
+    "rows without tokens": (MASK_NONE, True, {}, {}),
+    "no segment ids": (MASK, False, {}, {}),
+    "one head": (MASK, True, {"heads": 1}, {}),
+    "narrow embedding": (MASK, True, {"embedding_size": 5}, {}),
+    "three heads, wide embedding": (
+        MASK, True, {"embedding_size": 13, "hidden_size": 12, "heads": 3, "layers": 1, "intermediate_size": 7}, {},
+    ),
+    "causal": (MASK, True, {}, {"visible": "causal"}),
+    "unilm": (MASK, True, {"segments": 2}, {"visible": "unilm", "segment_ids": CONTIGUOUS}),
+    "unilm, segments in turn": (None, True, {"segments": 2}, {"visible": "unilm"}),
+    "positions": (MASK, True, {}, {"positions": 3 * np.arange(11)[::-1] + 100}),
+    "positions of every row": (MASK, True, {}, {"positions": Draw("positions").integers((4, 11), 0, 50)}),
+    "large epsilon": (MASK, True, {"epsilon": 0.25, "rotary_base": 10.0}, {}),
+    "activation gelu_erf": (MASK, True, {"activation": "gelu_erf"}, {}),
+    "activation gelu_tanh": (MASK, True, {"activation": "gelu_tanh"}, {}),
+    "activation relu": (MASK, True, {"activation": "relu"}, {}),
+    "activation silu": (MASK, True, {"activation": "silu"}, {}),
+}
+# fmt: on
+
+
+def encoder_cases(
+    model: str, make: Callable[..., Any], shapes: Callable[[Any], Mapping[str, tuple[int, ...]]], **constants: Any
+) -> list[EncoderCase]:
+    """A case of every batch; what a batch does not change is one of the constants."""
+    sizes = {"vocab_size": 29, "segments": 3, "embedding_size": 8, "hidden_size": 8, "layers": 2, "heads": 2}
+    common = {**sizes, "intermediate_size": 5, "epsilon": 2.0**-40, "rotary_base": 10000.0, **constants}
+    made = []
+    for name, (mask, segments, changes, inputs) in ENCODER_BATCHES.items():
+        config = make(**{**common, **changes})
+        draw = Draw(f"{model}/{name}")
+        weights = weights_of(draw, shapes(config), _step)
+        made.append(EncoderCase(name, config, weights, **{**batch(draw, config, mask, segments=segments), **inputs}))
+    return made
+
+
+def _step(name: str) -> int:
+    """Bounds grow with every layer: its dense layers are small. The head's is not: both forms of gelu must be told."""
+    if name.startswith(("embedding.token", "embedding.segment", "mlm.transform.kernel")) or name.endswith("scale"):
+        return -7
+    return -9 if name.endswith(("kernel", "w_q", "w_k", "w_v", "w_o", "w_out")) else -8
+
+
 # Wrong models that need nothing but the right one.
-def layers_swapped(forward: Model, weights: Any, *arguments: Any, config: Any) -> Any:
+def layers_swapped(forward: Model, weights: Any, *arguments: Any, config: Any, **options: Any) -> Any:
     """Layers 0 and 1 in each other's place."""
     if config.layers < 2:
-        return forward(weights, *arguments, config=config)
+        return forward(weights, *arguments, config=config, **options)
     other = {"0": "1", "1": "0"}
     parts = {name: name.split(".") for name in weights}
     renamed = {n: ".".join([p[0], other.get(p[1], p[1]), *p[2:]]) for n, p in parts.items()}
-    return forward({renamed[name]: array for name, array in weights.items()}, *arguments, config=config)
+    return forward({renamed[name]: array for name, array in weights.items()}, *arguments, config=config, **options)
 
 
-def segments_dropped(forward: Model, weights: Any, token_ids: Any, segment_ids: Any, mask: Any, *, config: Any) -> Any:
+def segments_dropped(
+    forward: Model, weights: Any, token_ids: Any, segment_ids: Any, *arguments: Any, config: Any, **options: Any
+) -> Any:
     """Every token in segment 0."""
-    return forward(weights, token_ids, None, mask, config=config)
+    return forward(weights, token_ids, None, *arguments, config=config, **options)
 
 
 def bias_dropped(forward: Model, weights: Any, *arguments: Any, config: Any) -> Any:
     """Logits without the classifier's bias."""
     zero = np.zeros_like(weights["classifier.bias"])
     return forward({**weights, "classifier.bias": zero}, *arguments, config=config)
+
+
+def weights_changed(forward: Model, name: str, value: float, weights: Any, *arguments: Any, **options: Any) -> Any:
+    """All weights of this name, in every layer, replaced by a number."""
+    changed = {key: np.full_like(array, value) for key, array in weights.items() if f".{key}".endswith(f".{name}")}
+    return forward({**weights, **changed}, *arguments, **options)
+
+
+def probabilities(forward: Model, *inputs: Any, **options: Any) -> Any:
+    """Softmax of an encoder's logits in their place."""
+    logits, *states = forward(*inputs, **options)
+    shifted = np.exp(logits - logits.max(axis=-1, keepdims=True))
+    return (shifted / shifted.sum(axis=-1, keepdims=True), *states)
+
+
+# Wrong encoders: plain NumPy and the operators of the specification, with openings for whatever is wrong.
+VISIBLE = {"bidirectional": spec.bidirectional, "causal": spec.causal, "unilm": spec.unilm}
+Function = Callable[..., Any]
+
+
+def encoded(
+    weights: Any, token_ids: Any, segment_ids: Any, mask: Any, positions: Any, *, config: Any, visible: str,
+    embed: Function, layer: Function, logits: Function, see: Function = lambda mask, segments, ids, seen: seen,
+    place: Function = lambda positions, mask, given: positions,
+) -> tuple[np.ndarray, ...]:  # fmt: skip
+    """An encoder of an embedding, a layer and a masked-language head."""
+    weights = {name: np.float64(array) for name, array in weights.items()}
+    segments = np.zeros_like(token_ids) if segment_ids is None else segment_ids
+    mask = np.ones(token_ids.shape, bool) if mask is None else mask
+    keys = see(mask, segments, token_ids, VISIBLE[visible](mask, segments))
+    places = place(np.arange(token_ids.shape[1]) if positions is None else positions, mask, positions is not None)
+    states = [embed(weights, token_ids, segments, config)]
+    for index in range(config.layers):
+        states.append(layer(spec.layer_of(weights, index), states[-1], index, keys, places, config))
+    return (logits(weights, states, config), *states)
+
+
+def wrong_layer(
+    w: Any, x: np.ndarray, index: int, keys: np.ndarray, places: np.ndarray, config: Any, *, norm: Function,
+    order: Function | None = None, activation: str | None = None,
+    place: Function = lambda places, index: places, **attention: Any,
+) -> np.ndarray:  # fmt: skip
+    """A layer whose sublayers, norms and their order may be wrong."""
+
+    def attend(y: np.ndarray) -> np.ndarray:
+        return wrong_attention(w, y, keys, place(places, index), config, **attention)
+
+    def feed(y: np.ndarray) -> np.ndarray:
+        inner = y @ w["feed_forward.w_in"] + w.get("feed_forward.b_in", 0)
+        inner = spec.ACTIVATIONS[activation or config.activation](inner)
+        return inner @ w["feed_forward.w_out"] + w.get("feed_forward.b_out", 0)
+
+    def first(y: np.ndarray) -> np.ndarray:
+        return norm(w, "attention_norm", y, config)
+
+    def second(y: np.ndarray) -> np.ndarray:
+        return norm(w, "feed_forward_norm", y, config)
+
+    return (order or _post_norm)(x, attend, feed, first, second)
+
+
+def _heads_first(y: np.ndarray, heads: int) -> np.ndarray:
+    return y.reshape(*y.shape[:-1], heads, -1)
+
+
+def heads_last(y: np.ndarray, heads: int) -> np.ndarray:
+    """Head 0 takes every h-th column."""
+    return y.reshape(*y.shape[:-1], -1, heads).swapaxes(-1, -2)
+
+
+def wrong_attention(
+    w: Any, x: np.ndarray, keys: np.ndarray, places: np.ndarray, config: Any, *,
+    rotate: Function = rope.rotate_interleaved, turned: str = "qk", base: float | None = None,
+    split: Function = _heads_first, join: Function = lambda o: o.reshape(*o.shape[:-2], -1),
+    width: Function = lambda config: config.key_size, kernel: Function = attention_kernel.softmax,
+) -> np.ndarray:  # fmt: skip
+    """Attention whose rotation, heads, scale and kernel may be wrong."""
+    angles = rope.angles(places, rope.frequencies(config.key_size, base=base or config.rotary_base))[..., None, :]
+    parts = {}
+    for name in "qkv":
+        y = split(x @ w[f"attention.w_{name}"] + w.get(f"attention.b_{name}", 0), config.heads)
+        parts[name] = rotate(y, angles) if name in turned else y
+    scores = np.einsum("bnhd,bmhd->bhnm", parts["q"], parts["k"]) / np.sqrt(width(config))
+    o = np.einsum("bhnm,bmhd->bnhd", kernel(scores, keys[:, None]), parts["v"])
+    return join(o) @ w["attention.w_o"] + w.get("attention.b_o", 0)
+
+
+def _post_norm(x: Any, attend: Function, feed: Function, first: Function, second: Function) -> Any:
+    middle = first(x + attend(x))
+    return second(middle + feed(middle))
+
+
+def _pre_norm(x: Any, attend: Function, feed: Function, first: Function, second: Function) -> Any:
+    middle = x + attend(first(x))
+    return middle + feed(second(middle))
+
+
+def _norm_of_the_summand(x: Any, attend: Function, feed: Function, first: Function, second: Function) -> Any:
+    middle = x + first(attend(x))
+    return middle + second(feed(middle))
+
+
+def _no_first_residual(x: Any, attend: Function, feed: Function, first: Function, second: Function) -> Any:
+    middle = first(attend(x))
+    return second(middle + feed(middle))
+
+
+def _no_second_residual(x: Any, attend: Function, feed: Function, first: Function, second: Function) -> Any:
+    return second(feed(first(x + attend(x))))
+
+
+def _no_first_norm(x: Any, attend: Function, feed: Function, first: Function, second: Function) -> Any:
+    middle = x + attend(x)
+    return second(middle + feed(middle))
+
+
+def _no_second_norm(x: Any, attend: Function, feed: Function, first: Function, second: Function) -> Any:
+    middle = first(x + attend(x))
+    return middle + feed(middle)
+
+
+def _side_by_side(x: Any, attend: Function, feed: Function, first: Function, second: Function) -> Any:
+    return second(first(x + attend(x)) + feed(x))
+
+
+def _feed_forward_first(x: Any, attend: Function, feed: Function, first: Function, second: Function) -> Any:
+    middle = first(x + feed(x))
+    return second(middle + attend(middle))
+
+
+def exchanged_norms(x: Any, attend: Function, feed: Function, first: Function, second: Function) -> Any:
+    return _post_norm(x, attend, feed, second, first)
+
+
+def _uniform_where_nothing(scores: np.ndarray, keys: np.ndarray) -> np.ndarray:
+    return attention_kernel.softmax(scores, keys | ~keys.any(axis=-1, keepdims=True))
+
+
+def _by_queries(mask: np.ndarray, segments: Any, ids: Any, seen: Any) -> np.ndarray:
+    return np.broadcast_to(mask[:, :, None], (*mask.shape, mask.shape[1]))
+
+
+def _from_mask(positions: np.ndarray, mask: np.ndarray, given: bool) -> np.ndarray:
+    return np.maximum(mask.cumsum(axis=-1) - 1, 0) if not given else positions
+
+
+# What may be wrong in the layers of every encoder with heads, by the arguments of `wrong_layer`.
+WRONG_LAYERS: dict[str, dict[str, Any]] = {
+    "norms before the sublayers": {"order": _pre_norm},
+    "norms before the sums": {"order": _norm_of_the_summand},
+    "no residual around the attention": {"order": _no_first_residual},
+    "no residual around the feed-forward": {"order": _no_second_residual},
+    "first norm missing": {"order": _no_first_norm},
+    "second norm missing": {"order": _no_second_norm},
+    "feed-forward beside the attention": {"order": _side_by_side},
+    "feed-forward before the attention": {"order": _feed_forward_first},
+    "relu for every activation": {"activation": "relu"},
+    "gelu_erf for every activation": {"activation": "gelu_erf"},
+    "gelu_tanh for every activation": {"activation": "gelu_tanh"},
+    "positions off by one behind the first, in layer 1": {
+        # A shift of all positions would change nothing: only differences enter.
+        "place": lambda places, index: np.where(places > places.min(), places - 1, places) if index == 1 else places
+    },
+    "positions backwards in layer 0": {"place": lambda places, index: -places if index == 0 else places},
+    "no rotation": {"turned": ""},
+    "queries rotated only": {"turned": "q"},
+    "values rotated too": {"turned": "qkv"},
+    "half-split rotation": {"rotate": rope.rotate_half_split},
+    "rotary base fixed to 10000": {"base": 10000.0},
+    "heads in every h-th column": {"split": heads_last},
+    "heads joined feature by feature": {"join": lambda o: o.swapaxes(-1, -2).reshape(*o.shape[:-2], -1)},
+    "scores not divided": {"width": lambda config: 1},
+    "scores divided by the root of hidden_size": {"width": lambda config: config.hidden_size},
+    "everything where nothing is seen": {"kernel": _uniform_where_nothing},
+}
+# What may be wrong with the keys that are seen and with the positions, by the arguments of `encoded`.
+WRONG_INPUTS: dict[str, dict[str, Any]] = {
+    "padded keys visible": {"see": lambda mask, segments, ids, seen: seen | ~mask[:, None, :]},
+    "the mask of the first row for all": {
+        "see": lambda mask, segments, ids, seen: np.broadcast_to(seen[:1], seen.shape)
+    },
+    "queries hidden in the place of keys": {"see": _by_queries},
+    "every real key visible": {"see": lambda mask, segments, ids, seen: mask[:, None, :]},
+    "causal in every mode": {"see": lambda mask, segments, ids, seen: spec.causal(mask, segments)},
+    "no token sees itself": {"see": lambda mask, segments, ids, seen: seen & ~np.eye(mask.shape[1], dtype=bool)},
+    "id 0 hidden": {"see": lambda mask, segments, ids, seen: seen & (ids != 0)[:, None, :]},
+    "given positions ignored": {"place": lambda positions, mask, given: np.arange(mask.shape[1])},
+    "positions of the first row for all": {
+        "place": lambda positions, mask, given: positions.reshape(-1, mask.shape[1])[0]
+    },
+    "positions count real tokens only": {"place": _from_mask},
+}

@@ -6,17 +6,25 @@ Weights are named by dots, layers.0.w_in; kernels are (in, out). The same names 
 """
 
 import math
-from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float, Int, Shaped
 
 from refimpl import check
-from refimpl.ops import head, norm, pooling
+from refimpl.config import from_dict
+from refimpl.ops import activation, attention, attention_kernel, head, norm, pooling, rope
 
 Weights = Mapping[str, np.ndarray]
 Shapes = dict[str, tuple[int, ...]]
+Activation = Literal["gelu_erf", "gelu_tanh", "relu", "silu"]
+ACTIVATIONS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "gelu_erf": activation.gelu_erf,
+    "gelu_tanh": activation.gelu_tanh,
+    "relu": activation.relu,
+    "silu": activation.silu,
+}
 
 
 class Output(NamedTuple):
@@ -33,6 +41,15 @@ class Inputs(NamedTuple):
     token_ids: Int[np.ndarray, "*b n"]
     segment_ids: Int[np.ndarray, "*b n"]
     mask: Bool[np.ndarray, "*b n"]
+
+
+class Sublayers(NamedTuple):
+    """What the attention adds, the norm of that sum, what the feed-forward adds, and the norm of that sum."""
+
+    attention: Float[np.ndarray, "*b n d"]
+    middle: Float[np.ndarray, "*b n d"]
+    feed_forward: Float[np.ndarray, "*b n d"]
+    output: Float[np.ndarray, "*b n d"]
 
 
 def embedding_shapes(config: Any) -> Shapes:
@@ -128,6 +145,119 @@ def check_numerics(config: Any) -> None:
     check.domain(operation, config.key_size % 2 == 0, "an even key_size", key_size=config.key_size)
     check.domain(operation, config.rotary_base > 0, "rotary_base > 0", rotary_base=config.rotary_base)
     check.domain(operation, config.epsilon >= 0, "epsilon >= 0", epsilon=config.epsilon)
+
+
+def check_epsilon(config: Any, name: str) -> None:
+    """Another epsilon than the one that `check_numerics` looks at is >= 0."""
+    epsilon = getattr(config, name)
+    check.domain(f"{config.model}.Config", epsilon >= 0, f"{name} >= 0", **{name: epsilon})
+
+
+def check_transformer(config: Any) -> None:
+    """A common part of the __post_init__ of models with heads, whose key_size is hidden_size / heads."""
+    sizes = ("vocab_size", "segments", "embedding_size", "hidden_size", "layers", "heads", "intermediate_size")
+    check_sizes(config, *sizes)
+    d, heads = config.hidden_size, config.heads
+    check.domain(f"{config.model}.Config", d % heads == 0, "heads that divide hidden_size", hidden_size=d, heads=heads)
+    check_numerics(config)
+
+
+def from_dialect(model: str, dialects: Mapping[str, Mapping[str, Any]], name: str, sizes: Mapping[str, int]) -> Any:
+    """The Config of `model` with the constants that a public implementation calls its own.
+
+    Raises: DomainError for a name that is not listed, for a constant among the sizes, and as the Config itself.
+    """
+    check.domain(f"{model}.dialect", name in dialects, "one of " + ", ".join(dialects), name=name)
+    fixed = sorted(dialects[name].keys() & sizes.keys())
+    check.domain(f"{model}.dialect", not fixed, f"sizes only, since {name} fixes the constants", given=fixed)
+    return from_dict({"model": model, **dialects[name], **sizes})
+
+
+def part(weights: Weights, shapes: Shapes) -> dict[str, np.ndarray]:
+    """Those of the weights that `shapes` names: one mapping may hold an encoder and its heads."""
+    return {name: weights[name] for name in shapes if name in weights}
+
+
+def table_width(config: Any) -> int:
+    """The width of the token table: embedding_size where a model has one, else hidden_size."""
+    return getattr(config, "embedding_size", config.hidden_size)
+
+
+def table_shapes(config: Any) -> Shapes:
+    """`embedding_shapes` of the width embedding_size."""
+    e = config.embedding_size
+    return {"embedding.token": (config.vocab_size, e), "embedding.segment": (config.segments, e)}
+
+
+def bidirectional(
+    mask: Shaped[np.ndarray, "..."], segment_ids: Shaped[np.ndarray, "..."]
+) -> Bool[np.ndarray, "*b _ n"]:
+    """Every token sees all real tokens.
+
+    C1. This, `causal` and `unilm` must hide padded keys (mask False); a token that sees none attends to nothing.
+    """
+    return attention.key_mask(mask)
+
+
+def causal(mask: Shaped[np.ndarray, "..."], segment_ids: Shaped[np.ndarray, "..."]) -> Bool[np.ndarray, "*b n n"]:
+    """Every token sees itself and the real tokens before it: a language model."""
+    return attention.key_mask(mask) & attention.causal_mask(mask.shape[-1], mask.shape[-1])
+
+
+def unilm(mask: Shaped[np.ndarray, "..."], segment_ids: Shaped[np.ndarray, "..."]) -> Bool[np.ndarray, "*b n n"]:
+    """Segment 0 sees itself whole, segment 1 sees segment 0 and is causal: sequence to sequence in one stack."""
+    return attention.key_mask(mask) & attention.unilm_mask(segment_ids)
+
+
+def mask_from_ids_bert4keras(token_ids: Shaped[np.ndarray, "..."]) -> Bool[np.ndarray, "*b n"]:
+    """The mask that bert4keras derives when it is given none: id 0 is padding, except at position 0.
+
+    mask_bi = (token_ids_bi != 0) or i = 0
+
+    C1. An id 0 between real tokens must be hidden; position 0 must be real whatever stands there.
+    Raises: DomainError unless integers; ShapeError without a token axis.
+    Differs: Hugging Face and JunnYu derive nothing from ids: without a mask every token is real.
+    """
+    token_ids = check.integer("encoder.mask_from_ids_bert4keras", "token_ids", token_ids)
+    check.shape("encoder.mask_from_ids_bert4keras", token_ids.ndim >= 1, "token_ids (..., n)", token_ids=token_ids)
+    mask = token_ids != 0
+    mask[..., :1] = True
+    return mask
+
+
+def checked_positions(
+    operation: str, positions: Shaped[np.ndarray, "..."] | None, inputs: Inputs
+) -> Int[np.ndarray, "*p n"]:
+    """Integer positions of the tokens, 0, 1, 2, ... of the array where none are given.
+
+    Raises: DomainError unless integers; ShapeError unless of shape (n,) or that of the token ids.
+    """
+    shape = inputs.token_ids.shape
+    if positions is None:
+        return np.arange(shape[-1])
+    positions = check.integer(operation, "positions", positions)
+    fits = positions.shape in (shape, shape[-1:])
+    check.shape(operation, fits, "positions (n,) or (..., n)", positions=positions, token_ids=inputs.token_ids)
+    return positions
+
+
+def self_attention(
+    weights: Weights, x: np.ndarray, visible: np.ndarray, positions: np.ndarray, config: Any
+) -> Float[np.ndarray, "*b n d"]:
+    """Softmax attention with interleaved rotary positions; biases that the weights do not hold are left out."""
+    projections: list[Any] = [weights.get(f"attention.{kind}_{name}") for name in "qkvo" for kind in "wb"]
+    frequencies = rope.frequencies(config.key_size, base=config.rotary_base)
+    return attention.multi_head_attention(
+        x, attention.per_head(visible), positions, frequencies, *projections,
+        heads=config.heads, rotate=rope.rotate_interleaved, kernel=attention_kernel.softmax,
+    )  # fmt: skip
+
+
+def feed_forward(weights: Weights, x: np.ndarray, config: Any) -> Float[np.ndarray, "*b n d"]:
+    """activation(x W_in + b_in) W_out + b_out; biases that the weights do not hold are left out."""
+    inner = attention.project(x, weights["feed_forward.w_in"], weights.get("feed_forward.b_in"))
+    inner = ACTIVATIONS[config.activation](inner)
+    return attention.project(inner, weights["feed_forward.w_out"], weights.get("feed_forward.b_out"))
 
 
 def _within(operation: str, name: str, ids: np.ndarray, size: int, size_name: str) -> None:

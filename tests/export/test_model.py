@@ -15,7 +15,7 @@ import pytest
 
 import refimpl
 from refimpl import config as configuration
-from refimpl.models import flash, gau_alpha
+from refimpl.models import flash, gau_alpha, roformer_v2
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -287,3 +287,15 @@ def test_a_graph_that_takes_one_length_only_is_refused(monkeypatch):
     monkeypatch.setattr(graph_of_gau, "forward", fixing)
     with pytest.raises(model.ExportError, match=r"gau_alpha takes only \{\('token_ids', 1\): 3\}"):
         model.build(GAU, weights(GAU))
+
+
+def test_an_encoder_without_a_classifier_is_refused(tmp_path):
+    config = roformer_v2.dialect(
+        "bert4keras-0.11.5", vocab_size=7, segments=2, embedding_size=4, hidden_size=4, layers=1, heads=2,
+        intermediate_size=5,
+    )  # fmt: skip
+    weights = {name: torch.ones(shape) for name, shape in roformer_v2.shapes(config).items()}
+    checkpoint.save(tmp_path / "model", config, weights)
+    with pytest.raises(model.ExportError, match="roformer_v2 is an encoder without a classifier"):
+        model.export(tmp_path / "model", tmp_path / "model.onnx")
+    assert not (tmp_path / "model.onnx").exists()

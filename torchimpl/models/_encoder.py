@@ -10,6 +10,8 @@ vocabulary between; torch's trunc_normal_ cuts at ±2 unless told otherwise, whi
 """
 
 import math
+from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -19,12 +21,23 @@ from torch.nn import functional
 
 from refimpl.models import _encoder as specification
 from torchimpl import check
-from torchimpl.ops import head, norm, pooling, rope
+from torchimpl.ops import activation, attention, attention_kernel, head, norm, pooling, rope
 
 # Gate, value and output: the matrices whose product a gated attention unit adds to its input.
 GAU_ORDER = 3
+# Value and output, or the two matrices of a feed-forward.
+TRANSFORMER_ORDER = 2
+ORDERS = {"roformer_v2": TRANSFORMER_ORDER, "gau_alpha": GAU_ORDER, "flash": GAU_ORDER}
+# Sigma of BERT's initialiser, before the cut: what is left has the deviation 0.0176.
+BERT_SIGMA = 0.02
 # The standard deviation of a unit normal law cut at ±2, 0.8796.
 CUT_DEVIATION = math.sqrt(1 - 4 * math.exp(-2) / math.sqrt(2 * math.pi) / math.erf(math.sqrt(2)))
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu_erf": activation.gelu_erf,
+    "gelu_tanh": activation.gelu_tanh,
+    "relu": activation.relu,
+    "silu": activation.silu,
+}
 
 
 class Output(NamedTuple):
@@ -41,6 +54,27 @@ class Inputs(NamedTuple):
     token_ids: Int[Tensor, "*b n"]
     segment_ids: Int[Tensor, "*b n"]
     mask: Bool[Tensor, "*b n"] | None
+
+
+def bidirectional(
+    mask: Bool[Tensor, "*b n"] | None, segment_ids: Int[Tensor, "*b n"]
+) -> Bool[Tensor, "*_b _n n"] | None:
+    """Every token sees all real tokens; None where there is nothing to hide."""
+    return None if mask is None else attention.key_mask(mask)
+
+
+def causal(mask: Bool[Tensor, "*b n"] | None, segment_ids: Int[Tensor, "*b n"]) -> Bool[Tensor, "*_b n n"]:
+    """Every token sees itself and the real tokens before it: a language model."""
+    order = torch.arange(segment_ids.shape[-1], device=segment_ids.device)
+    # The batch axes are there, of length 1: one mask for all texts.
+    past = (order <= order[:, None])[(None,) * (segment_ids.ndim - 1)]
+    return past if mask is None else attention.key_mask(mask) & past
+
+
+def unilm(mask: Bool[Tensor, "*b n"] | None, segment_ids: Int[Tensor, "*b n"]) -> Bool[Tensor, "*b n n"]:
+    """Segment 0 sees itself whole, segment 1 sees segment 0 and is causal: sequence to sequence in one stack."""
+    seen = attention.unilm_mask(segment_ids)
+    return seen if mask is None else attention.key_mask(mask) & seen
 
 
 class Embedding(nn.Module):
@@ -77,6 +111,129 @@ class Classifier(nn.Module):
     def reset_parameters(self, gain: float) -> None:
         reset_kernel(self.kernel, gain)
         nn.init.zeros_(self.bias)
+
+
+class LayerNorm(nn.Module):
+    """A layer norm with a scale and a bias per feature."""
+
+    def __init__(self, width: int, epsilon: float) -> None:
+        super().__init__()
+        add_parameters(self, {"scale": (width,), "bias": (width,)})
+        self.epsilon = epsilon
+
+    def forward(self, x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b d"]:
+        return norm.layer_norm(x, self.scale, self.bias, epsilon=self.epsilon)
+
+
+class Mapping(nn.Module):
+    """A dense layer from the width of the embedding to that of the layers; it may have no bias."""
+
+    def __init__(self, shapes: dict[str, tuple[int, ...]]) -> None:
+        super().__init__()
+        add_parameters(self, below(shapes, "embedding.mapping."))
+
+    def forward(self, x: Float[Tensor, "*b e"]) -> Float[Tensor, "*b d"]:
+        return attention.project(x, self.kernel, getattr(self, "bias", None))
+
+
+class SelfAttention(nn.Module):
+    """Softmax attention with interleaved rotary positions, of those weights of a layer that begin with `attention.`.
+
+    Where weights are dropped out they must be formed, (..., h, n, n) numbers; everywhere else attention is fused.
+    """
+
+    def __init__(self, config: Any, shapes: dict[str, tuple[int, ...]], dropout: float) -> None:
+        super().__init__()
+        add_parameters(self, below(shapes, "attention."))
+        self.dropout = nn.Dropout(dropout)
+        self.heads = config.heads
+
+    def forward(
+        self,
+        x: Float[Tensor, "*b n d"],
+        visible: Bool[Tensor, "*_b 1 _n n"] | None,
+        positions: Int[Tensor, "*p n"],
+        frequencies: Float[Tensor, " r"],
+    ) -> Float[Tensor, "*b n d"]:
+        projections = [getattr(self, f"{kind}_{name}", None) for name in "qkvo" for kind in "wb"]
+        dropping = self.training and self.dropout.p > 0
+        return attention.multi_head_attention(
+            x, visible, positions, frequencies, *projections,
+            heads=self.heads, rotate=rope.rotate_interleaved,
+            kernel=self._kernel if dropping else attention_kernel.softmax,
+        )  # fmt: skip
+
+    def _kernel(self, scores: Tensor, mask: Tensor | None) -> Tensor:
+        return self.dropout(attention_kernel.softmax(scores, mask))
+
+
+class FeedForward(nn.Module):
+    """Two dense layers around an activation, of those weights of a layer that begin with `feed_forward.`."""
+
+    def __init__(self, config: Any, shapes: dict[str, tuple[int, ...]]) -> None:
+        super().__init__()
+        add_parameters(self, below(shapes, "feed_forward."))
+        self.activation = ACTIVATIONS[config.activation]
+
+    def forward(self, x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b d"]:
+        inner = self.activation(attention.project(x, self.w_in, getattr(self, "b_in", None)))
+        return attention.project(inner, self.w_out, getattr(self, "b_out", None))
+
+
+class Transformer(nn.Module):
+    """An encoder of an embedding and layers that attend; called as a module it gives the last of its hidden states."""
+
+    def __init__(self, config: Any, embedding: nn.Module, layers: list[nn.Module]) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = embedding
+        self.layers = nn.ModuleList(layers)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """New weights from torch's generator: kernels and tables as in `kernel_law`, norms the identity, biases 0."""
+        reset(self, kernel_law(self.config))
+
+    def hidden_states(
+        self,
+        token_ids: Int[Tensor, "*b n"],
+        segment_ids: Int[Tensor, "*b n"] | None = None,
+        mask: Bool[Tensor, "*b n"] | None = None,
+        positions: Int[Tensor, "*p n"] | None = None,
+        *,
+        visible: Callable[..., Tensor | None] = bidirectional,
+    ) -> list[Float[Tensor, "*b n d"]]:
+        """The embedding, then the output of every layer: x_0 ... x_L.
+
+        `visible` is one of bidirectional, causal and unilm of this file, or a function of their signature.
+        Raises: ShapeError for ids and masks that are not of one shape and positions that are neither (n,) nor of that
+            shape; DomainError for other dtypes.
+        """
+        operation = f"{self.config.model}.hidden_states"
+        inputs = checked_inputs(operation, token_ids, segment_ids, mask)
+        positions = checked_positions(operation, positions, inputs)
+        _, frequencies = placed(inputs.token_ids, self.config)
+        keys = visible(inputs.mask, inputs.segment_ids)
+        keys = None if keys is None else attention.per_head(keys)
+        states = [self.embedding(inputs)]
+        for layer in self.layers:
+            states.append(layer(states[-1], keys, positions, frequencies))
+        return states
+
+    def forward(
+        self,
+        token_ids: Int[Tensor, "*b n"],
+        segment_ids: Int[Tensor, "*b n"] | None = None,
+        mask: Bool[Tensor, "*b n"] | None = None,
+        positions: Int[Tensor, "*p n"] | None = None,
+        *,
+        visible: Callable[..., Tensor | None] = bidirectional,
+    ) -> Float[Tensor, "*b n d"]:
+        """The output of the last layer.
+
+        Raises: as `hidden_states`.
+        """
+        return self.hidden_states(token_ids, segment_ids, mask, positions, visible=visible)[-1]
 
 
 def add_parameters(module: nn.Module, shapes: dict[str, tuple[int, ...]], prefix: str = "") -> None:
@@ -125,3 +282,75 @@ def truncated_normal(tensor: Tensor, deviation: float) -> None:
     """Numbers of this standard deviation, none further than 2 σ = 2.274 deviations from 0."""
     sigma = deviation / CUT_DEVIATION
     nn.init.trunc_normal_(tensor, std=sigma, a=-2 * sigma, b=2 * sigma)
+
+
+def mask_from_ids_bert4keras(token_ids: Int[Tensor, "*b n"]) -> Bool[Tensor, "*b n"]:
+    """The mask that bert4keras derives when it is given none: id 0 is padding, except at position 0.
+
+    Raises: DomainError unless integers; ShapeError without a token axis.
+    """
+    token_ids = check.integer("encoder.mask_from_ids_bert4keras", "token_ids", token_ids)
+    check.shape("encoder.mask_from_ids_bert4keras", token_ids.ndim >= 1, "token_ids (..., n)", token_ids=token_ids)
+    return (token_ids != 0) | (torch.arange(token_ids.shape[-1], device=token_ids.device) == 0)
+
+
+def checked_positions(operation: str, positions: Tensor | None, inputs: Inputs) -> Int[Tensor, "*p n"]:
+    """Integer positions of the tokens, 0, 1, 2, ... of the array where none are given.
+
+    Raises: DomainError unless integers; ShapeError unless of shape (n,) or that of the token ids.
+    """
+    ids = inputs.token_ids
+    if positions is None:
+        return torch.arange(ids.shape[-1], device=ids.device)
+    positions = check.integer(operation, "positions", positions)
+    fits = positions.shape == ids.shape or positions.shape == ids.shape[-1:]
+    check.shape(operation, fits, "positions (n,) or (..., n)", positions=positions, token_ids=ids)
+    return positions
+
+
+def below(shapes: dict[str, tuple[int, ...]], prefix: str) -> dict[str, tuple[int, ...]]:
+    """The shapes whose names begin with `prefix`, by what follows it."""
+    return {name.removeprefix(prefix): shape for name, shape in shapes.items() if name.startswith(prefix)}
+
+
+def add_nested(module: nn.Module, shapes: dict[str, tuple[int, ...]]) -> None:
+    """One parameter per name, inside a module of its own for every dot."""
+    for name, shape in shapes.items():
+        *folders, own = name.split(".")
+        place = module
+        for folder in folders:
+            if folder not in dict(place.named_children()):
+                place.add_module(folder, nn.Module())
+            place = place.get_submodule(folder)
+        add_parameters(place, {own: shape})
+
+
+def kernel_law(config: Any) -> Callable[[Tensor], None]:
+    """How the kernels (in, out) of a model and of its heads start; `config` is that of an encoder.
+
+    RoFormer starts as BERT: a normal law of sigma 0.02 cut at two sigma, whatever the shape.
+    Raises: DomainError for a model that has no law.
+    Source: arXiv:1810.04805 (initializer_range, truncated_normal_initializer); bert4keras, Transformer.initializer and
+        RoFormerV2.initializer.
+    Differs: Hugging Face does not cut; BERT_SIGMA is its deviation.
+    """
+    if config.model == "roformer":
+        return partial(truncated_normal, deviation=BERT_SIGMA * CUT_DEVIATION)
+    check.domain("encoder.kernel_law", config.model in ORDERS, "a model with an initialiser", model=config.model)
+    return partial(reset_kernel, gain=gain(config.layers, ORDERS[config.model]))
+
+
+@torch.no_grad()
+def reset(module: nn.Module, law: Callable[[Tensor], None]) -> None:
+    """New numbers from torch's generator, by name and shape: kernels and tables by `law`, scales 1, biases 0."""
+    for name, parameter in module.named_parameters():
+        own = name.rpartition(".")[2]
+        if own in ("token", "segment"):
+            # A table is the kernel of the tied head, lying on its side: its fan-in is its width.
+            law(parameter.T)
+        elif parameter.ndim == 2:
+            law(parameter)
+        elif own == "scale":
+            nn.init.ones_(parameter)
+        else:
+            nn.init.zeros_(parameter)

@@ -1,0 +1,66 @@
+"""RoFormerV2: RoFormer without a single bias, and with root-mean-square norms that have no weights.
+
+    x_0 = rms_norm(E_token + E_segment) [W],   m_l = rms_norm(x_l + attention_l(x_l))
+    x_(l+1) = rms_norm(m_l + feed_forward_l(m_l))
+
+Specification: refimpl/models/roformer_v2.py. In training, hidden dropout acts on the embeddings' sum before its norm
+and before both residual sums of a layer, attention dropout on the attention weights. What stands on x_L is in _heads.
+
+Differs: in the torch ports the embedding's dropout stands behind its norm.
+"""
+
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from torch.nn import functional
+
+from refimpl.models import _encoder as specification
+from refimpl.models.roformer_v2 import Config, layer_shapes, shapes
+from torchimpl.models import _encoder
+from torchimpl.ops import norm
+
+
+class Embedding(nn.Module):
+    """The norm of the sum of a token's vector and its segment's, mapped where embedding_size differs."""
+
+    def __init__(self, config: Config, dropout: float) -> None:
+        super().__init__()
+        _encoder.add_parameters(self, specification.table_shapes(config), "embedding.")
+        self.dropout = nn.Dropout(dropout)
+        mapped = config.embedding_size != config.hidden_size
+        self.mapping = _encoder.Mapping(shapes(config)) if mapped else nn.Identity()
+        self.epsilon = config.epsilon
+
+    def forward(self, inputs: _encoder.Inputs) -> Float[Tensor, "*b n d"]:
+        vectors = functional.embedding(inputs.token_ids, self.token)
+        vectors = vectors + functional.embedding(inputs.segment_ids, self.segment)
+        return self.mapping(norm.rms_norm(self.dropout(vectors), epsilon=self.epsilon))
+
+
+class Layer(nn.Module):
+    """Attention, then a feed-forward, each added to its input and normalised."""
+
+    def __init__(self, config: Config, hidden_dropout: float, attention_dropout: float) -> None:
+        super().__init__()
+        self.attention = _encoder.SelfAttention(config, layer_shapes(config), attention_dropout)
+        self.feed_forward = _encoder.FeedForward(config, layer_shapes(config))
+        self.dropout = nn.Dropout(hidden_dropout)
+        self.epsilon = config.epsilon
+
+    def forward(
+        self,
+        x: Float[Tensor, "*b n d"],
+        visible: Bool[Tensor, "*_b 1 _n n"] | None,
+        positions: Int[Tensor, "*p n"],
+        frequencies: Float[Tensor, " r"],
+    ) -> Float[Tensor, "*b n d"]:
+        attended = self.dropout(self.attention(x, visible, positions, frequencies))
+        middle = norm.rms_norm(x + attended, epsilon=self.epsilon)
+        return norm.rms_norm(middle + self.dropout(self.feed_forward(middle)), epsilon=self.epsilon)
+
+
+class RoformerV2(_encoder.Transformer):
+    """The encoder. Both dropouts are 0.1 at the release, and act in training only."""
+
+    def __init__(self, config: Config, *, hidden_dropout: float = 0.1, attention_dropout: float = 0.1) -> None:
+        layers = [Layer(config, hidden_dropout, attention_dropout) for _ in range(config.layers)]
+        super().__init__(config, Embedding(config, hidden_dropout), layers)
