@@ -6,6 +6,7 @@ Specification: refimpl/ops/activation.py. Every function is formed in float32 fo
 """
 
 import math
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -23,7 +24,8 @@ def relu(x: Float[Tensor, "*b"]) -> Float[Tensor, "*b"]:
 
     Raises: DomainError unless x is a floating tensor.
     """
-    return functional.relu(check.real("activation.relu", "x", x))
+    check.real("activation.relu", "x", x)
+    return _PositivePart.apply(x) if torch.compiler.is_compiling() and x.requires_grad else functional.relu(x)
 
 
 def silu(x: Float[Tensor, "*b"]) -> Float[Tensor, "*b"]:
@@ -62,3 +64,18 @@ def elu_plus_one(x: Float[Tensor, "*b"]) -> Float[Tensor, "*b"]:
     check.real("activation.elu_plus_one", "x", x)
     # One summand is always 0 or 1, so that 16 bits round once. At 0, where relu has slope 0, clamp has slope 1.
     return functional.relu(x) + torch.exp(x.clamp(max=0))
+
+
+class _PositivePart(torch.autograd.Function):
+    # Compiled for CPUs, torch's own relu keeps a boolean tensor for its gradient, which Inductor writes and reads one
+    # element at a time. The sign of the result, which is there in any case, tells the same.
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        y = functional.relu(x)
+        ctx.save_for_backward(y)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        (y,) = ctx.saved_tensors
+        return gradient * torch.sign(y)

@@ -65,3 +65,18 @@ def test_compiled() -> None:
     for size in (5, 7):
         x = torch.linspace(-6, 6, size)
         torch.testing.assert_close(compiled(x), activation.gelu_erf(x), rtol=1e-5, atol=1e-6)
+
+
+def test_relu_has_its_own_slope_when_compiled() -> None:
+    x = torch.tensor([float("-inf"), -2.0, -0.0, 0.0, 1e-40, 3.0, float("inf"), float("nan")])
+    for dtype in (torch.float32, torch.bfloat16):
+        found = []
+        for function in (activation.relu, torch.compile(activation.relu, fullgraph=True)):
+            given = x.to(dtype).requires_grad_()
+            y = function(given)
+            (slope,) = torch.autograd.grad(y, given, torch.full_like(y, 5.0))
+            found.append((y.detach(), slope))
+        (y, slope), (compiled_y, compiled_slope) = found
+        torch.testing.assert_close(compiled_y, y, rtol=0, atol=0, equal_nan=True)
+        # Where x is not a number neither is the slope, or it is the gradient: torch's choice.
+        torch.testing.assert_close(compiled_slope[:-1], slope[:-1], rtol=0, atol=0)
