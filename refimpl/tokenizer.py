@@ -1,0 +1,282 @@
+"""Texts to token ids as BERT's Chinese models were fed: basic splitting, then WordPiece, by the `tokenizers` library.
+
+    tokenizer = Tokenizer(read_vocab("vocab.txt"), lower_case=True)
+    tokenizer.encode("今天天气很好")     tokens, token ids, segment ids, and where each token stands in the text
+
+A word-based model (RoFormer's 50,000 words) is given `segment`, which cuts a text into words: a word of the vocabulary
+is one token, any other goes through WordPiece.
+
+Source: arXiv:1810.04805; bert4keras (Tokenizer), whose published tables the tests hold. Special tokens that stand in a
+text, "[MASK]", are text: they are cut into their characters.
+Differs: Hugging Face's tokenizers keep special tokens whole, and print [UNK] where bert4keras prints the word.
+"""
+
+import re
+import unicodedata
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from refimpl import check
+
+PAD, UNKNOWN, FIRST, SEPARATOR, MASK = SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+# A longer word is unknown as a whole.
+LONGEST_WORD = 100
+# A vocabulary beyond this is taken for another kind of file.
+LARGEST_VOCAB = 64 * 2**20
+# No space stands behind these when tokens are joined to a text, besides the marks of CJK.
+_OPENING = "+-/={(<["
+_CJK = (
+    (0x4E00, 0x9FFF), (0x3400, 0x4DBF), (0x20000, 0x2A6DF), (0x2A700, 0x2B73F), (0x2B740, 0x2B81F), (0x2B820, 0x2CEAF),
+    (0xF900, 0xFAFF), (0x2F800, 0x2FA1F),
+)  # fmt: skip
+_CONTRACTION = re.compile("' (re|m|s|t|ve|d|ll) ")
+_DECIMAL = re.compile(r"(\d\.) (?=\d)")
+
+Segment = Callable[[str], Sequence[str]]
+Span = tuple[int, int]
+
+
+class Encoded(NamedTuple):
+    """One text or a pair, with its special tokens.
+
+    offsets: characters start to end in the text that the token is of (`segment_ids` tells which); (0, 0) for the
+        special tokens.
+    """
+
+    tokens: tuple[str, ...]
+    token_ids: tuple[int, ...]
+    segment_ids: tuple[int, ...]
+    offsets: tuple[Span, ...]
+
+
+class Simplified(NamedTuple):
+    """A smaller vocabulary, and the row of the old token table that every row of the new one is."""
+
+    tokens: tuple[str, ...]
+    old_ids: tuple[int, ...]
+
+
+class Tokenizer:
+    """WordPiece over a vocabulary, whose order gives the ids.
+
+    segment: cuts a text into words, which together are the text; it is given the text in lower case where lower_case.
+    Raises: DomainError for a token that stands twice and for a special token that is missing.
+    """
+
+    def __init__(self, vocab: Sequence[str], *, lower_case: bool, segment: Segment | None = None) -> None:
+        # Loaded here, so that refimpl needs it only where there is text.
+        from tokenizers import Tokenizer as Rust
+        from tokenizers import models, normalizers, pre_tokenizers
+
+        self.vocab, self.lower_case, self.segment = tuple(vocab), lower_case, segment
+        self.ids = {token: index for index, token in enumerate(self.vocab)}
+        if len(self.ids) < len(self.vocab):
+            twice = next(token for index, token in enumerate(self.vocab) if self.ids[token] != index)
+            raise check.DomainError(f"tokenizer: the token {twice!r} stands twice in the vocabulary")
+        absent = [token for token in (UNKNOWN, FIRST, SEPARATOR) if token not in self.ids]
+        check.domain("tokenizer", not absent, f"a vocabulary with {', '.join(absent)}", tokens=len(self.vocab))
+        pieces = models.WordPiece(self.ids, unk_token=UNKNOWN, max_input_chars_per_word=LONGEST_WORD)
+        self._split = Rust(pieces)
+        self._split.normalizer = normalizers.BertNormalizer(
+            clean_text=True, handle_chinese_chars=True, strip_accents=lower_case, lowercase=lower_case
+        )
+        self._split.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+
+    def pieces(self, text: str) -> list[tuple[int, Span]]:
+        """The ids of a text without special tokens, each with its place in the text."""
+        _check_text(text)
+        if self.segment is not None:
+            return self._segmented(text)
+        found = self._split.encode(text, add_special_tokens=False)
+        return list(zip(found.ids, found.offsets, strict=True))
+
+    def encode(
+        self,
+        text: str,
+        second: str | None = None,
+        *,
+        max_length: int | None = None,
+        truncate: Literal["left", "right"] = "right",
+    ) -> Encoded:
+        """[CLS] text [SEP], or [CLS] text [SEP] second [SEP], the second of segment 1.
+
+        max_length: of all tokens; the longer text loses a token until they fit, the first of equals, at the end that
+            `truncate` names.
+        Raises: DomainError for what is no text, and for a length that the special tokens fill.
+        """
+        parts = [self.pieces(given) for given in (text, second) if given is not None]
+        return self._joined([text, second], parts, max_length, truncate)
+
+    def encode_batch(
+        self,
+        texts: Sequence[str | tuple[str, str]],
+        *,
+        max_length: int | None = None,
+        truncate: Literal["left", "right"] = "right",
+    ) -> list[Encoded]:
+        """`encode` of many texts and pairs at once, on all cores."""
+        pairs = [(given, None) if isinstance(given, str) else given for given in texts]
+        if self.segment is not None:
+            return [self.encode(*pair, max_length=max_length, truncate=truncate) for pair in pairs]
+        flat = [_check_text(text) for pair in pairs for text in pair if text is not None]
+        split = iter(self._split.encode_batch(flat, add_special_tokens=False))
+        made = []
+        for pair in pairs:
+            found = [next(split) for text in pair if text is not None]
+            parts = [list(zip(one.ids, one.offsets, strict=True)) for one in found]
+            made.append(self._joined(pair, parts, max_length, truncate))
+        return made
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """A text of the tokens, without the special ones: no space around characters of CJK, none before marks.
+
+        Raises: DomainError for an id that is not of the vocabulary.
+        """
+        outside = [index for index in token_ids if not 0 <= index < len(self.vocab)]
+        check.domain("tokenizer.decode", not outside, f"ids from 0 to {len(self.vocab) - 1}", received=outside[:3])
+        text = ""
+        for token in (self.vocab[index] for index in token_ids):
+            if token in SPECIAL:
+                continue
+            if token.startswith("##") and len(token) > 2:
+                text += token[2:]
+            elif len(token) == 1 and _is_mark(token):
+                text += token + " "
+            elif (len(token) == 1 and _is_cjk(token)) or (text and _is_cjk(text[-1])):
+                text += token
+            else:
+                text += " " + token
+        text = _CONTRACTION.sub(r"'\1 ", re.sub(" +", " ", text))
+        return _DECIMAL.sub(r"\1", _closed(text)).strip()
+
+    def _joined(
+        self, texts: Sequence[str | None], parts: list[list[tuple[int, Span]]], max_length: int | None, truncate: str
+    ) -> Encoded:
+        check.domain("tokenizer.encode", truncate in ("left", "right"), "truncate left or right", truncate=truncate)
+        if max_length is not None:
+            least = len(parts) + 1
+            check.domain("tokenizer.encode", max_length > least, f"max_length > {least}", max_length=max_length)
+            while sum(map(len, parts)) + least > max_length:
+                longest = max(parts, key=len)
+                del longest[0 if truncate == "left" else -1]
+        rows: list[tuple[str, int, int, Span]] = [(FIRST, self.ids[FIRST], 0, (0, 0))]
+        for number, (part, text) in enumerate(zip(parts, texts, strict=False)):
+            rows += [(self._shown(index, text, span), index, number, span) for index, span in part]
+            rows.append((SEPARATOR, self.ids[SEPARATOR], number, (0, 0)))
+        return Encoded(*(tuple(column) for column in zip(*rows, strict=True)))
+
+    def _shown(self, index: int, text: str | None, span: Span) -> str:
+        """The token; of an unknown word the word itself."""
+        if self.vocab[index] != UNKNOWN or text is None:
+            return self.vocab[index]
+        return str(self._split.normalizer.normalize_str(text[slice(*span)])).strip()
+
+    def _segmented(self, text: str) -> list[tuple[int, Span]]:
+        lowered, origin = text, list(range(len(text)))
+        if self.lower_case:
+            lowered = text.lower()
+            if len(lowered) != len(text):
+                lowered = "".join(character.lower() for character in text)
+                origin = [index for index, character in enumerate(text) for _ in character.lower()]
+        words = list(self.segment(lowered)) if self.segment else [lowered]
+        if "".join(words) != lowered:
+            raise check.DomainError(f"tokenizer: segment must give words that together are the text {lowered[:40]!r}")
+        found: list[tuple[int, Span]] = []
+        start = 0
+        for word in words:
+            if word in self.ids and word not in SPECIAL:
+                inner = [(self.ids[word], (0, len(word)))]
+            else:
+                split = self._split.encode(word, add_special_tokens=False)
+                inner = list(zip(split.ids, split.offsets, strict=True))
+            found += [(index, (origin[start + a], origin[start + b - 1] + 1)) for index, (a, b) in inner]
+            start += len(word)
+        return found
+
+
+def read_vocab(file: str | Path) -> tuple[str, ...]:
+    """The tokens of a vocab.txt, one a line, whose numbers from 0 are the ids.
+
+    Raises: DomainError for a file that is no text in UTF-8, is too large, or has an empty line.
+    """
+    path = Path(file)
+    size = path.stat().st_size
+    check.domain("tokenizer.read_vocab", size <= LARGEST_VOCAB, f"{path} of at most {LARGEST_VOCAB} bytes", bytes=size)
+    try:
+        lines = path.read_text(encoding="utf-8").rstrip("\n").split("\n")
+    except UnicodeDecodeError as error:
+        raise check.DomainError(f"tokenizer.read_vocab: {path} is no text in UTF-8 (byte {error.start})") from None
+    tokens = tuple(line.strip() for line in lines)
+    empty = [number for number, token in enumerate(tokens, 1) if not token]
+    check.domain("tokenizer.read_vocab", not empty, f"a token in every line of {path}", empty_lines=empty[:3])
+    return tokens
+
+
+def simplified(vocab: Sequence[str], *, first: Sequence[str] = SPECIAL[:4]) -> Simplified:
+    """The vocabulary without what a Chinese model hardly meets; `first` come first, in this order.
+
+    Left out are the special tokens that `first` does not name, and tokens of several characters (## not counted) that
+    hold a character of CJK or a mark.
+
+    Raises: DomainError for a token of `first` that the vocabulary lacks.
+    Source: bert4keras (load_vocab), whose base and small models were cut down to 13,584 tokens by it.
+    """
+    ids = {token: index for index, token in enumerate(vocab)}
+    absent = [token for token in first if token not in ids]
+    check.domain("tokenizer.simplified", not absent, f"a vocabulary with {', '.join(absent)}", tokens=len(vocab))
+    kept = [token for token in vocab if token not in first and not _dropped(token)]
+    tokens = (*first, *kept)
+    return Simplified(tokens, tuple(ids[token] for token in tokens))
+
+
+def greedy(words: Sequence[str]) -> Segment:
+    """A `segment` that takes the longest of the words that begins where it stands, else one character.
+
+    For vocabularies of words where no segmenter is at hand; the originals cut with jieba.
+    """
+    known, longest = frozenset(words), max(map(len, words), default=1)
+
+    def segment(text: str) -> list[str]:
+        found, start = [], 0
+        while start < len(text):
+            ends = range(min(start + longest, len(text)), start + 1, -1)
+            end = next((end for end in ends if text[start:end] in known), start + 1)
+            found.append(text[start:end])
+            start = end
+        return found
+
+    return segment
+
+
+def _check_text(text: Any) -> str:
+    check.domain("tokenizer", isinstance(text, str), "a text", received=text)
+    return str(text)
+
+
+def _dropped(token: str) -> bool:
+    if token in SPECIAL:
+        return True
+    inner = token.removeprefix("##")
+    return len(inner) > 1 and any(_is_cjk(character) or _is_mark(character) for character in inner)
+
+
+def _closed(text: str) -> str:
+    """Without the space behind opening marks and marks of CJK."""
+    kept = []
+    for index, character in enumerate(text):
+        before = text[index - 1] if index else ""
+        if character == " " and before and (before in _OPENING or (_is_mark(before) and ord(before) > 0xFF)):
+            continue
+        kept.append(character)
+    return "".join(kept)
+
+
+def _is_cjk(character: str) -> bool:
+    return any(low <= ord(character) <= high for low, high in _CJK)
+
+
+def _is_mark(character: str) -> bool:
+    code = ord(character)
+    ascii_mark = 33 <= code <= 47 or 58 <= code <= 64 or 91 <= code <= 96 or 123 <= code <= 126
+    return ascii_mark or unicodedata.category(character).startswith("P")
