@@ -1,10 +1,11 @@
-"""RoFormer and RoFormerV2 as their original implementations compute them, and the same asked of the specification.
+"""The models as their original implementations compute them, and the same asked of the specification.
 
-`copy` reads a part of each folder, which is kept in tests/golden/roformer. `whole` reads the folders that the parts
-were taken from, at shared/golden beside the repository, and skips the test where they are not.
+`copy` reads a part of each folder, which is kept in tests/golden/roformer and tests/golden/gau_alpha. `whole` reads the
+folders that the parts were taken from, at shared/golden beside the repository, and skips the test where they are not.
 """
 
 import re
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 from unittest import mock
@@ -12,8 +13,8 @@ from unittest import mock
 import numpy as np
 import pytest
 
-from refimpl.models import _encoder
-from refimpl.ops import attention_kernel
+from refimpl.models import _encoder, gau_alpha
+from refimpl.ops import attention_kernel, gau, rope
 
 COPIES = Path(__file__).parent / "roformer"
 WHOLE = Path(__file__).parents[3] / "shared" / "golden"
@@ -51,6 +52,10 @@ BERT4KERAS = {
     "pooler.bias": "bert/pooler/dense/bias",
     "next_sentence.kernel": "cls/seq_relationship/output_weights",
     "next_sentence.bias": "cls/seq_relationship/output_bias",
+    "layers.{}.w_in": "GAU_alpha/encoder/layer_{}/gau/i_dense/kernel",
+    "layers.{}.gamma_q": "GAU_alpha/encoder/layer_{}/gau/q_scaleoffset/gamma",
+    "layers.{}.gamma_k": "GAU_alpha/encoder/layer_{}/gau/k_scaleoffset/gamma",
+    "layers.{}.w_out": "GAU_alpha/encoder/layer_{}/gau/o_dense/kernel",
 }
 # And in those of Hugging Face and JunnYu.
 TORCH = {
@@ -82,6 +87,14 @@ TORCH = {
     "mlm.norm.bias": "cls.predictions.transform.LayerNorm.bias",
     "mlm.bias": "cls.predictions.bias",
 }
+TORCH_GAU_ALPHA = {
+    "embedding.token": "gau_alpha.embeddings.word_embeddings.weight",
+    "embedding.segment": "gau_alpha.embeddings.token_type_embeddings.weight",
+    "layers.{}.w_in": "gau_alpha.encoder.layer.{}.gau.i_dense.weight",
+    "layers.{}.gamma_q": "gau_alpha.encoder.layer.{}.gau.q_scaleoffset.weight",
+    "layers.{}.gamma_k": "gau_alpha.encoder.layer.{}.gau.k_scaleoffset.weight",
+    "layers.{}.w_out": "gau_alpha.encoder.layer.{}.gau.o_dense.weight",
+}
 TABLES = ("embedding.token", "embedding.segment")
 
 
@@ -99,6 +112,7 @@ def whole(folder):
 
     if not (WHOLE / folder).is_dir():
         pytest.skip(f"no shared/golden/{folder} beside the repository; the parts in tests/golden/roformer are tested")
+    # model.safetensors of the torch ports, weights.safetensors of bert4keras.
     file = next((WHOLE / folder).glob("*.safetensors"))
     runs = {"float64": {}, "float32": {}}
     for archive in sorted((WHOLE / folder).glob("*.npz")):
@@ -114,8 +128,10 @@ def whole(folder):
 
 def copy(folder):
     """The part of a folder that is kept here."""
-    arrays = dict(np.load(COPIES / f"{folder}.npz"))
-    kept = {name: arrays.pop(name) for name in list(arrays) if name.startswith(("bert/", "cls", "roformer."))}
+    place = COPIES.parent / "gau_alpha" if "gau_alpha" in folder else COPIES
+    arrays = dict(np.load(place / f"{folder}.npz"))
+    theirs = ("bert/", "cls", "roformer.", "GAU_alpha/", "gau_alpha.")
+    kept = {name: arrays.pop(name) for name in list(arrays) if name.startswith(theirs)}
     return Original(kept, arrays, {})
 
 
@@ -125,9 +141,9 @@ def weights_bert4keras(original, shapes):
     return {name: array.T if name == "next_sentence.kernel" else array for name, array in found.items()}
 
 
-def weights_torch(original, shapes):
+def weights_torch(original, shapes, names=TORCH):
     """The weights that `shapes` names; torch keeps matrices as (out, in), tables as they are."""
-    found = {name: original.weights[_theirs(TORCH, name)] for name in shapes}
+    found = {name: original.weights[_theirs(names, name)] for name in shapes}
     return {name: array.T if array.ndim == 2 and name not in TABLES else array for name, array in found.items()}
 
 
@@ -195,6 +211,95 @@ def of_torch(model, config, encoder, logits, arrays):
         got["io/float32tables_last_hidden_state"] = states[-1]
         got["io/float32tables_logits"] = got["io/logits"]
     return got
+
+
+def gau_of_bert4keras(read, logits, config, encoder, arrays):
+    """What a GAU-α has for the arrays of a folder of bert4keras.
+
+    read(ids, segments, mask, visible=name, config=config) are hidden states, logits(hidden) those of the tied head.
+    """
+    ids, segments = arrays["io/token_ids"], arrays["io/segment_ids"]
+    mask = _encoder.mask_from_ids_bert4keras(ids)
+    states = read(ids, segments, mask)
+    got = {f"io/hidden_{i}": state for i, state in enumerate(states)}
+    for i in range(config.layers):
+        got[f"io/gau_out_{i}"] = unit(_encoder.layer_of(encoder, i), states[i], mask, config)
+    got |= {"io/last_hidden_state": states[-1], "io/mlm_logits": logits(states[-1])}
+    got["io/mlm_probs"] = softmax(got["io/mlm_logits"])
+    for name, visible in (("lm", "causal"), ("unilm", "unilm")):
+        last = read(ids, segments, mask, visible=visible)[-1]
+        got |= {f"io/{name}_last_hidden_state": last, f"io/{name}_mlm_logits": logits(last)}
+    edge = arrays["edge/token_ids"], arrays["edge/segment_ids"]
+    edge = (*edge, _encoder.mask_from_ids_bert4keras(edge[0]))
+    got["edge/last_hidden_state"] = read(*edge)[-1]
+    got["edge/mlm_logits"] = logits(got["edge/last_hidden_state"])
+    sizes = {name: getattr(config, name) for name in gau_alpha.SIZES["base"]}
+    # 0.11.3 attends to everything alike where one key is seen: in the text of nothing but id 0 all vectors are alike.
+    for release in ("0.11.3", "0.11.4"):
+        old = gau_alpha.dialect(f"bert4keras-{release}", **sizes)
+        got[f"{release}/last_hidden_state"] = read(ids, segments, mask, config=old)[-1]
+        got[f"{release}/mlm_logits"] = logits(got[f"{release}/last_hidden_state"])
+        got[f"{release}/edge_last_hidden_state"] = read(*edge, config=old)[-1]
+    return got
+
+
+def gau_of_junnyu(read, logits, arrays):
+    """What a GAU-α has for the arrays of JunnYu's folder; `read` and `logits` as above.
+
+    In read(..., alike_without_keys=True) a token that sees nothing attends to everything alike.
+    """
+    ids, segments = arrays["io/input_ids"], arrays["io/token_type_ids"]
+    mask, weights_of_keys, kernel = arrays["io/attention_mask"] == 1, [], gau_alpha.softmax_plus
+
+    def recorded(scores, mask, n_min):
+        weights_of_keys.append(kernel(scores, mask, n_min=n_min))
+        return weights_of_keys[-1]
+
+    with mock.patch.object(gau_alpha, "softmax_plus", recorded):
+        states = read(ids, segments, mask)
+    got = {f"io/hidden_{i}": state for i, state in enumerate(states)}
+    got |= {f"io/attentions_{i}": weights for i, weights in enumerate(weights_of_keys)}
+    got |= {"io/last_hidden_state": states[-1], "io/logits": logits(states[-1])}
+    for name, last in (
+        ("mask3d", read(ids, segments, mask, visible="causal")[-1]),
+        # Given no mask, he takes every id 0 for padding, position 0 too.
+        ("nomask", read(ids, segments, ids != 0)[-1]),
+        ("float32tables", states[-1]),
+    ):
+        got |= {f"io/{name}_last_hidden_state": last, f"io/{name}_logits": logits(last)}
+    edge = (arrays[f"io/edge_{name}"] for name in ("input_ids", "token_type_ids", "attention_mask"))
+    ids, segments, mask = edge
+    # -1e4 stands in the place of hidden scores: where all are hidden, the weights are all alike.
+    got["io/edge_last_hidden_state"] = read(ids, segments, mask == 1, alike_without_keys=True)[-1]
+    return got
+
+
+def gau_reader(encoder, config):
+    """`read` of the two functions above, by the specification."""
+    standard = config
+
+    def read(ids, segments, mask, *, visible="bidirectional", config=standard, alike_without_keys=False):
+        seen, kernel = _encoder.VISIBLE[visible], alike if alike_without_keys else gau_alpha.softmax_plus
+        with mock.patch.object(gau_alpha, "softmax_plus", kernel):
+            return gau_alpha.hidden_states(encoder, ids, segments, mask, config=config, visible=seen)
+
+    return read
+
+
+def alike(scores, mask, n_min):
+    """softmax_plus with equal weights for all tokens in the rows that see none."""
+    nothing = ~np.broadcast_to(mask, scores.shape).any(axis=-1, keepdims=True)
+    return np.where(nothing, 1 / scores.shape[-1], attention_kernel.softmax_plus(scores, mask, n_min=n_min))
+
+
+def unit(w, x, mask, config):
+    """What a gated attention unit adds, before the sum and its norm."""
+    frequencies = rope.frequencies(config.key_size, base=config.rotary_base)
+    return gau.unit(
+        x, _encoder.bidirectional(mask, mask), None, np.arange(x.shape[-2]), frequencies,
+        w["w_in"], None, w["gamma_q"], None, w["gamma_k"], None, w["w_out"], None,
+        rotate=rope.rotate_interleaved, kernel=partial(attention_kernel.softmax_plus, n_min=config.n_min),
+    )  # fmt: skip
 
 
 def errors(got, expected):

@@ -9,15 +9,16 @@ from hypothesis import strategies as st
 
 from refimpl.check import DomainError, ShapeError
 from refimpl.ops import can
+from tests.golden import collection
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "can"
 LN = np.log
 
 
 def golden(pattern):
-    paths = sorted(GOLDEN.glob(pattern))
-    assert paths, f"no {pattern} in {GOLDEN}"
-    return pytest.mark.parametrize("path", paths, ids=lambda p: p.stem)
+    names = sorted(path.stem for path in GOLDEN.glob(f"{pattern}.npz"))
+    assert names, f"no {pattern}.npz in {GOLDEN}"
+    return pytest.mark.parametrize("name", names)
 
 
 def both(confident, uncertain, prior, *, alpha=1.0, iterations=1):
@@ -73,21 +74,30 @@ def test_ambiguous_any_includes_its_upper_end():
     np.testing.assert_array_equal(can.ambiguous_any(p, threshold=0.95, max_top=99)[2], True)
 
 
-@golden("split_*.npz")
-def test_ambiguous_any_reproduces_the_authors_split(path):
-    data = np.load(path)
-    p, max_k = data["probs"], int(data["max_k"])
+@golden("split_*")
+def test_ambiguous_any_reproduces_the_authors_split(name):
+    data = collection.load("can", name)
+    p, max_k, threshold = data["probs"], int(data["max_k"]), float(data["threshold"])
     # Their upper end is excluded; None means all classes.
-    found = can.ambiguous_any(p, threshold=float(data["threshold"]), max_top=p.shape[1] if max_k < 0 else max_k - 1)
+    found = can.ambiguous_any(p, threshold=threshold, max_top=p.shape[1] if max_k < 0 else max_k - 1)
     np.testing.assert_array_equal(np.flatnonzero(found), data["ambiguous_ids"])
+    np.testing.assert_array_equal(np.flatnonzero(~found), data["confident_ids"])
     for column in range(data["topk_entropy"].shape[1]):
         # They write 1e-16 for a zero.
         np.testing.assert_allclose(can.top_entropy(p, top=column + 2), data["topk_entropy"][:, column], atol=1e-13)
+    # Their other rule, the entropy of all classes: nothing is left out, so that renormalising says nothing.
+    for entropy in (can.top_entropy, can.top_entropy_unnormalized):
+        whole = entropy(p, top=p.shape[1])
+        np.testing.assert_allclose(whole, data["entropy"], rtol=0, atol=1e-13)
+        np.testing.assert_array_equal(np.flatnonzero(whole >= threshold), data["full_entropy_ambiguous_ids"])
+        np.testing.assert_array_equal(np.flatnonzero(whole < threshold), data["full_entropy_confident_ids"])
+    np.testing.assert_array_equal(p.argmax(axis=1), data["argmax"])
+    assert not data.left
 
 
-@golden("blog_*.npz")
-def test_adjust_reproduces_the_article(path):
-    data = np.load(path)
+@golden("blog_*")
+def test_adjust_reproduces_the_article(name):
+    data = collection.load("can", name)
     p, top = data["probs"], int(data["k"])
     np.testing.assert_allclose(can.top_entropy(p, top=top), data["uncertainty"], atol=1e-13)
     adjusted, uncertain = can.adjust(
@@ -101,22 +111,77 @@ def test_adjust_reproduces_the_article(path):
     np.testing.assert_array_equal(uncertain, data["ambiguous"])
     np.testing.assert_allclose(adjusted, data["adjusted"], rtol=1e-12, atol=1e-15)
     np.testing.assert_array_equal(adjusted[~uncertain], p[~uncertain])
+    np.testing.assert_array_equal(p.argmax(axis=1), data["argmax_before"])
+    np.testing.assert_array_equal(adjusted.argmax(axis=1), data["argmax_after"])
+    assert not data.left
 
 
-@golden("rsa_*.npz")
-def test_official_variant_reproduces_the_authors_code(path):
-    data = np.load(path)
-    uncertain = data["X_ambiguous"]
-    prior = data["prior"] if "prior" in data.files else np.full(uncertain.shape[1], 1 / uncertain.shape[1])
+def prior_of(data):
+    classes = data["X_ambiguous"].shape[1]
+    return data["prior"] if "prior" in data else np.full(classes, 1 / classes)
+
+
+@golden("rsa_*")
+def test_official_variant_reproduces_the_authors_code(name):
+    data = collection.load("can", name)
+    uncertain, prior, alpha = data["X_ambiguous"], prior_of(data), float(data["alpha"])
     for depth in range(int(data["depth"]) + 1):
-        y = can.alternating_normalization_official(
-            data["X_confident"], uncertain, prior, alpha=float(data["alpha"]), iterations=depth
-        )
+        y = can.alternating_normalization_official(data["X_confident"], uncertain, prior, alpha=alpha, iterations=depth)
         np.testing.assert_allclose(y.T, data[f"V{depth}"], rtol=1e-13, atol=1e-15)
-        z = both(data["X_confident"], uncertain, prior, alpha=float(data["alpha"]), iterations=depth)
+        z = both(data["X_confident"], uncertain, prior, alpha=alpha, iterations=depth)
         np.testing.assert_allclose(z, y, atol=1e-6)
         # The epsilon is seen: it is not the loop under another name.
         assert depth == 0 or abs(z - y).max() > 1e-12
+
+
+@golden("rsa_*")
+def test_halves_of_the_authors_round(name):
+    """Their creator (columns) and viewer (rows), which our operator does one after the other, alone and in a chain."""
+    data = collection.load("can", name)
+    prior, alpha = prior_of(data), float(data["alpha"])
+    stack = np.concatenate([data["X_confident"], data["X_ambiguous"][:1]])
+
+    def creator(rows):
+        return rows**alpha / ((rows**alpha).sum(axis=0) + can.OFFICIAL_EPSILON)
+
+    def viewer(rows):
+        return rows * prior / ((rows * prior).sum(axis=1, keepdims=True) + can.OFFICIAL_EPSILON)
+
+    def whole(rows):
+        """Every row by the operator, under all the others."""
+        others = [np.delete(rows, i, axis=0) for i in range(len(rows))]
+        return np.concatenate([
+            can.alternating_normalization_official(rest, row[None], prior, alpha=alpha, iterations=1)
+            for rest, row in zip(others, rows, strict=True)
+        ])  # fmt: skip
+
+    def close(rows, array):
+        np.testing.assert_allclose(rows.T, data[array], rtol=1e-12, atol=1e-15)
+
+    close(stack, "one_lexicon")
+    close(creator(stack), "one_creator1")
+    close(viewer(data["one_creator1"].T), "one_viewer1")
+    close(whole(stack), "one_viewer1")
+    rows, depth = stack, int(data["depth"])
+    for step in range(2 * depth + 1):
+        # It begins with the viewer: a round of ours lies between two arrays that it made.
+        close(rows[-1:], f"creatorchain_C{step}")
+        last = rows
+        rows = creator(rows) if step % 2 else viewer(rows)
+        if step % 2:
+            np.testing.assert_allclose(viewer(rows), whole(last), rtol=1e-12, atol=1e-15)
+    if "costs" in data:
+        # A cost stands in the exponent beside the logarithm: it multiplies its row, in every round.
+        weight, rows = np.exp(data["costs"])[:, None], stack
+        for step in range(depth + 1):
+            close(rows[-1:], f"costs_V{step}")
+            rows = whole(rows * weight)
+    assert not {name for name in data.left if not name.startswith("V")}
+
+
+def test_every_file_of_can_is_reproduced_and_the_copies_are_copies():
+    assert collection.collected("can") == {path.stem for path in GOLDEN.glob("*.npz")}
+    assert not collection.differing_copies("can")
 
 
 # The prior.

@@ -10,10 +10,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from conformance.case import Package
 from refimpl.check import DomainError, ShapeError
-from refimpl.ops import attention, gau, norm, rope
+from refimpl.ops import attention, gau, rope
 from refimpl.ops import attention_kernel as ak
+from tests.golden import collection, lucidrains
 
+SPEC = Package("refimpl.ops")
 GOLDEN = pathlib.Path(__file__).parents[2] / "golden"
 BARE = partial(ak.squared_relu_constant, length=1)
 KERNELS = {
@@ -62,39 +65,19 @@ def unit_paper(x, mask=None, bias=None, positions=None, *, length=8, kernel=BARE
 # Against other implementations
 
 
-@pytest.mark.parametrize("name", ["gau_mask", "gau_causal_mask_laplace", "gau_scalenorm_extbias"])
+@pytest.mark.parametrize("name", lucidrains.GAU)
 def test_paper_block_equals_flash_pytorch(name):
-    golden = np.load(GOLDEN / "flash_pytorch" / f"{name}.npz")
-    state = {key.removeprefix("state."): golden[key] for key in golden.files if key.startswith("state.")}
-    x = golden["x"]
-    n, d = x.shape[1:]
-    # Its columns are v, gate and, in a layer of its own, z; its bias is divided by the length like the products.
-    e = state["to_hidden.0.weight"].shape[0] // 2
-    order = np.r_[e : 2 * e, :e]
-    w_in = np.concatenate([state["to_hidden.0.weight"][order], state["to_qk.0.weight"]]).T
-    b_in = np.concatenate([state["to_hidden.0.bias"][order], state["to_qk.0.bias"]])
-    t5 = state["rel_pos_bias.relative_attention_bias.weight"][golden["rel_pos_bucket"], 0] * math.sqrt(d)
-    bias = (t5 + golden["rel_pos_bias"] if "rel_pos_bias" in golden else t5) / n
-    mask = golden["mask"][:, None, :] if "mask" in golden else np.ones((1, 1, n), dtype=bool)
-    if "causal" in name:
-        mask = mask & attention.causal_mask(n, n)
-    if "norm.g" in state:
+    golden = collection.load("flash_pytorch", name)
+    block = lucidrains.gau(SPEC, np.asarray, golden, name)
+    np.testing.assert_allclose(block, golden["y"], rtol=0, atol=1e-13 * np.abs(golden["y"]).max())
+    # Gradients are asked of torchimpl.
+    assert golden.left == {"grad_x", "grad_y"}
 
-        def normalise(t):
-            size = np.sqrt((t * t).sum(axis=-1, keepdims=True) / d)
-            return t / np.maximum(size, 1e-5) * state["norm.g"]
 
-    else:
-        normalise = partial(norm.layer_norm, scale=state["norm.weight"], bias=state["norm.bias"], epsilon=1e-5)
-    (gamma_q, gamma_k), (beta_q, beta_k) = state["offsetscale.gamma"], state["offsetscale.beta"]
-    block = gau.block_pre_norm(
-        x, mask, bias, None, None, w_in, b_in, gamma_q, beta_q, gamma_k, beta_k,
-        state["to_out.0.weight"].T, state["to_out.0.bias"], length=n, rotate=rope.rotate_half_split,
-        kernel=ak.laplace if "laplace" in name else BARE, norm=normalise,
-    )  # fmt: skip
-    # gau_mask was made without its residual path.
-    got = block - x if name == "gau_mask" else block
-    np.testing.assert_allclose(got, golden["y"], rtol=0, atol=1e-13)
+@pytest.mark.parametrize("name", lucidrains.GAU)
+def test_flash_pytorchs_buckets_are_t5s(name):
+    table = collection.load("flash_pytorch", name)["rel_pos_bucket"]
+    np.testing.assert_array_equal(lucidrains.bucket(len(table), causal="causal" in name), table)
 
 
 def test_unit_and_post_norm_block_equal_bert4keras():

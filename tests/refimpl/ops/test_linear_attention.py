@@ -3,7 +3,6 @@
 import math
 from collections.abc import Iterator
 from functools import partial
-from pathlib import Path
 
 import jaxtyping
 import numpy as np
@@ -13,8 +12,8 @@ from hypothesis import strategies as st
 
 from refimpl import check
 from refimpl.ops import linear_attention as la
+from tests.golden import collection, fla
 
-GOLDEN = Path(__file__).parents[2] / "golden" / "fla_naive"
 CAUSAL = {"recurrent": la.recurrent, "quadratic": la.quadratic} | {
     f"chunked_{c}": partial(la.chunked, chunk_size=c) for c in (1, 2, 3, 7, 64)
 }
@@ -153,59 +152,48 @@ def test_denominator_of_its_own() -> None:
 # Other people's results
 
 
-@pytest.mark.parametrize(
-    ("name", "scale", "decay"),
-    [
-        ("linear_attn_recurrent", 8**-0.5, None),
-        ("linear_attn_recurrent_init_scale", 0.37, None),
-        ("simple_gla_recurrent_init", 0.5, "g"),
-        ("simple_gla_chunk", 8**-0.5, "g"),
-        ("simple_gla_parallel", 6**-0.5, "g"),
-        ("gla_recurrent_init", 4**-0.5, "gk"),
-    ],
-)
+@pytest.mark.parametrize("name", [name for name in fla.FORMS if "normalize" not in name])
 @causal
-def test_flash_linear_attention(form, name, scale, decay) -> None:
-    golden = np.load(GOLDEN / f"{name}.npz")
-    output, state = form(
-        golden["q"],
-        golden["k"],
-        golden["v"],
-        scale=scale,
-        log_decay=None if decay is None else golden[decay],
-        initial_state=golden.get("initial_state"),
-    )
-    close(output, golden["o"])
-    if "final_state" in golden:
-        close(state, golden["final_state"])
+def test_flash_linear_attention(form, name) -> None:
+    """Retention among them, a constant decay; and the recurrence of HGRN, which is one head per feature."""
+    run = fla.Run(name)
+    found = form(**run.arguments)
+    for got, expected in zip(found, run.double, strict=False):
+        close(got, expected)
 
 
-@pytest.mark.parametrize("name", ["linear_attn_recurrent_normalize", "linear_attn_recurrent_normalize_init"])
+@pytest.mark.parametrize("name", [name for name in fla.FORMS if "normalize" in name])
 @causal
 def test_flash_linear_attention_normalised(form, name) -> None:
-    golden = np.load(GOLDEN / f"{name}.npz")
-    output, state, normaliser = la.normalised(
-        golden["q"],
-        golden["k"],
-        golden["v"],
-        form=form,
-        scale=6**-0.5,
-        epsilon=1e-10,
-        initial_state=golden.get("initial_state"),
-        initial_normaliser=golden["initial_z"][:, 0] if "initial_z" in golden else None,
-    )
-    close(output, golden["o"])
-    close(state, golden["final_state"])
-    close(normaliser, golden["final_z"][:, 0])
+    run = fla.Run(name)
+    for got, expected in zip(la.normalised(**run.arguments, form=form), run.double, strict=True):
+        close(got, expected)
 
 
 @causal
-def test_retention_is_a_constant_decay(form) -> None:
-    golden = np.load(GOLDEN / "retention.npz")
-    q, k, v, expected = (golden[name].swapaxes(1, 2) for name in ("q", "k", "v", "o"))
-    b, n, h, d = q.shape
-    log_decay = np.broadcast_to(np.log(1 - 2.0 ** (-5 - np.arange(h))), (b, n, h))
-    close(form(q, k, v, scale=d**-0.5, log_decay=log_decay).output, expected)
+def test_flash_linear_attentions_scores(form) -> None:
+    """Values that are one key each show the score of that key."""
+    run = fla.Run("simple_gla_parallel")
+    b, n, h, _ = run.arguments["q"].shape
+    one_hot = {"v": np.broadcast_to(np.eye(n)[None, :, None], (b, n, h, n))}
+    close(form(**run.arguments | one_hot).output.swapaxes(1, 2), run.arrays["scores"])
+    ball, found = run.balls(**one_hot)[0], run.arrays["float32_scores"].swapaxes(1, 2)
+    assert (np.abs(found - ball.value) <= ball.rad).all()
+    assert not run.arrays.left - {"float32_o"}
+
+
+@pytest.mark.parametrize("name", fla.FORMS)
+def test_flash_linear_attention_in_float32_errs_as_float32_may(name) -> None:
+    """The functions as they are published cast to float32 inside: each result within the bound of the judge."""
+    run = fla.Run(name)
+    for found, ball in zip(run.single, run.balls(), strict=False):
+        assert found.shape == ball.shape and (np.abs(found - ball.value) <= ball.rad).all()
+    assert run.arrays.left == ({"scores", "float32_scores"} if name == "simple_gla_parallel" else set())
+
+
+def test_every_file_of_flash_linear_attention_is_reproduced_or_outside() -> None:
+    assert collection.collected("fla_naive") == set(fla.FORMS) | set(fla.OUTSIDE)
+    assert not collection.differing_copies("fla_naive")
 
 
 @pytest.mark.parametrize("decay", ["none", "head", "feature"])

@@ -2,21 +2,21 @@
 
 import functools
 import math
-import pathlib
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from conformance.case import Package
 from refimpl.check import DomainError, ShapeError
-from refimpl.ops import attention_kernel, norm, rope
+from refimpl.ops import attention_kernel, rope
 from refimpl.ops import mixed_chunk_attention as mca
+from tests.golden import collection, lucidrains
 
 squared_relu = functools.partial(attention_kernel.squared_relu_constant, length=1)
 MODES = ("bidirectional", "causal", "causal_strict")
-GOLDEN = pathlib.Path(__file__).parents[2] / "golden" / "flash_pytorch"
-MORE_GOLDEN = pathlib.Path(__file__).parents[4] / "shared" / "golden" / "flash_pytorch"
+SPEC = Package("refimpl.ops")
 
 
 def draw(seed, *batch_and_tokens, s=3, e=5):
@@ -432,55 +432,38 @@ def test_the_unit_passes_masks_documents_and_bias_on():
     np.testing.assert_allclose(packed[:, :4], run(x[:, :4], None, None, None, None, None, *weights), rtol=1e-12)
 
 
-FLASH_PYTORCH = [
-    "flash_pad_mask", "flash_causal_pad_mask", "flash_rotary_shift_laplace",
-    "flash_plain", "flash_pad_nomask", "flash_causal", "flash_pergroup", "flash_long",
-]  # fmt: skip
+def alike(found, expected):
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-13 * np.abs(expected).max())
 
 
-@pytest.mark.parametrize("case", FLASH_PYTORCH)
-def test_flash_pytorch(case):
+@pytest.mark.parametrize("name", lucidrains.FLASH)
+def test_flash_pytorch(name):
     """Outputs of FLASH-pytorch 0.1.9 in float64, with its own weights."""
-    path = next((folder / f"{case}.npz" for folder in (GOLDEN, MORE_GOLDEN) if (folder / f"{case}.npz").exists()), None)
-    if path is None:
-        pytest.skip(f"{case}.npz is not in tests/golden, and the larger collection {MORE_GOLDEN} is absent")
-    g = np.load(path)
-    state = {name.removeprefix("state."): g[name] for name in g.files if name.startswith("state.")}
-    x, mask, bucket = g["x"], g["mask"] if "mask" in g.files else None, g["rel_pos_bucket"]
-    n, c, s = x.shape[1], len(bucket), state["qk_offset_scale.gamma"].shape[1]
-    causal, shifted = "causal" in case, "shift" in case
-    normalised = (
-        x / np.maximum(np.linalg.norm(x, axis=-1, keepdims=True) / math.sqrt(x.shape[-1]), 1e-5) * state["norm.g"]
-        if "norm.g" in state
-        else norm.layer_norm(x, state["norm.weight"], state["norm.bias"], epsilon=1e-5)
-    )
-    if shifted:
-        late, rest = np.split(normalised, 2, axis=-1)
-        normalised = np.concatenate([np.pad(late, ((0, 0), (1, 0), (0, 0)))[:, :-1], rest], axis=-1)
-    v_and_u, b_v_and_u = state["to_hidden.0.weight"].T, state["to_hidden.0.bias"]
-    e = v_and_u.shape[1] // 2
-    w_in = np.concatenate([v_and_u[:, e:], v_and_u[:, :e], state["to_qk.0.weight"].T], axis=1)
-    b_in = np.concatenate([b_v_and_u[e:], b_v_and_u[:e], state["to_qk.0.bias"]])
-    theta = state.get("rotary_pos_emb.freqs")
-    bias = state["rel_pos_bias.relative_attention_bias.weight"][bucket, 0] * math.sqrt(s)
-    if case == "flash_pergroup":
-        # Each group is a sequence of its own; only the divisor remembers the whole.
-        batch = x.shape[0]
-        normalised = normalised.reshape(-1, c, x.shape[-1])
-        whole = functools.partial(lambda reach, length: mca.Lengths(1, length), length=n)
-    else:
-        whole = mca.lucidrains_causal if causal else mca.lucidrains
-    out = mca.unit(
-        normalised, mask, None, bias, None if theta is None else np.arange(n), theta, w_in, b_in,
-        state["qk_offset_scale.gamma"], state["qk_offset_scale.beta"], state["to_out.weight"].T, state["to_out.bias"],
-        mix=mca.causal if causal else mca.bidirectional,
-        rotate=functools.partial(rope.rotate_contiguous, rotate=rope.rotate_interleaved),
-        rows=mca.ROWS_LUCIDRAINS, chunk=c, scale=1 / c,
-        kernel=attention_kernel.laplace if "laplace" in case else squared_relu, normaliser=whole,
-    )  # fmt: skip
-    if case == "flash_pergroup":
-        out = out.reshape(batch, n, -1)
-    np.testing.assert_allclose(x + out, g["y"], rtol=1e-12, atol=1e-13)
+    golden = collection.load("flash_pytorch", name)
+    alike(lucidrains.flash(SPEC, np.asarray, golden, name), golden["y"])
+    # Gradients are asked of torchimpl.
+    assert golden.left == {"grad_x", "grad_y"}
+
+
+def test_flash_pytorchs_transformer():
+    golden = collection.load("flash_pytorch", "transformer")
+    alike(lucidrains.transformer(SPEC, np.asarray, golden), golden["y"])
+    assert not golden.left
+    # The mask is passed on, and the half of the features that comes late does come late.
+    for name in ("mask", "x"):
+        golden[name] = golden[name][:, ::-1]
+        assert np.abs(lucidrains.transformer(SPEC, np.asarray, golden) - golden["y"]).max() > 1e-2
+
+
+@pytest.mark.parametrize("name", [*lucidrains.FLASH, "transformer"])
+def test_flash_pytorchs_buckets_are_t5s(name):
+    table = collection.load("flash_pytorch", name)["rel_pos_bucket"]
+    np.testing.assert_array_equal(lucidrains.bucket(len(table), causal="causal" in name), table)
+
+
+def test_every_file_of_flash_pytorch_is_reproduced_and_the_copies_are_copies():
+    assert collection.collected("flash_pytorch") == {*lucidrains.GAU, *lucidrains.FLASH, "transformer"}
+    assert not collection.differing_copies("flash_pytorch")
 
 
 def run_with(mode="causal", **changes):

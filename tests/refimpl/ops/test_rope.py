@@ -1,7 +1,6 @@
 """RoPE against figures of Hugging Face transformers 5.23.0, 50-digit arithmetic, hand calculation and its laws."""
 
 import functools
-import pathlib
 
 import mpmath
 import numpy as np
@@ -9,10 +8,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from conformance.budget import Arithmetic, Profile, concatenate, cos, sin
+from conformance.ops import rope as judged
 from refimpl.check import DomainError, ShapeError
 from refimpl.ops import rope
+from tests.golden import collection
 
-GOLDEN = pathlib.Path(__file__).parents[2] / "golden" / "hf_rotary"
+TRANSFORMERS = ("llama_basic", "llama_gqa_offset", "gptj_full", "gptj_partial_offset")
 ROTATIONS = [rope.rotate_interleaved, rope.rotate_half_split, rope.rotate_proportional]
 
 
@@ -175,22 +177,75 @@ def test_long_positions_keep_nine_digits():
 # Rotations
 
 
-@pytest.mark.parametrize("name", ["llama_basic", "llama_gqa_offset", "gptj_full", "gptj_partial_offset"])
-@pytest.mark.parametrize("part", ["q", "k"])
-def test_rotations_equal_transformers(name, part):
-    case = np.load(GOLDEN / f"{name}.npz")
-    x, expected = case[part], case[f"{part}_out_float64"]
-    if name.startswith("llama"):
-        # The library puts heads before tokens.
-        x, expected = x.swapaxes(1, 2), expected.swapaxes(1, 2)
-        rotate, width = rope.rotate_half_split, x.shape[-1]
-    else:
-        rotate, width = rope.rotate_interleaved, int(case["rotary_dim"])
-    phi = angles_of(case["position_ids"], width, float(case["theta"]))[..., None, :]
-    # 4e-6 is what the library loses by its float32 frequencies at these positions.
-    np.testing.assert_allclose(rope.rotate_contiguous(x, phi, rotate), expected, atol=4e-6, rtol=0)
-    if width == x.shape[-1]:
-        np.testing.assert_allclose(rotate(x, phi), expected, atol=4e-6, rtol=0)
+class Transformers:
+    """One file of transformers' rotations, heads behind tokens."""
+
+    def __init__(self, name):
+        self.arrays = collection.load("hf_rotary", name)
+        self.llama = name.startswith("llama")
+        self.rotate = rope.rotate_half_split if self.llama else rope.rotate_interleaved
+        self.width = self.arrays["q"].shape[-1] if self.llama else int(self.arrays["rotary_dim"])
+        self.base, self.positions = float(self.arrays["theta"]), self.arrays["position_ids"]
+
+    def heads(self, name):
+        return self.arrays[name].swapaxes(1, 2) if self.llama else self.arrays[name]
+
+    def table(self, name):
+        half = self.width // 2
+        if self.llama:
+            np.testing.assert_array_equal(self.arrays[name][..., :half], self.arrays[name][..., half:])
+        return self.arrays[name][..., :half]
+
+
+@pytest.mark.parametrize("name", TRANSFORMERS)
+def test_rotations_equal_transformers(name):
+    case = Transformers(name)
+    phi = angles_of(case.positions, case.width, case.base)[..., None, :]
+    for part in "qk":
+        x, expected = case.heads(part), case.heads(f"{part}_out_float64")
+        np.testing.assert_allclose(rope.rotate_contiguous(x, phi, case.rotate), expected, atol=1e-13, rtol=0)
+        if case.width == x.shape[-1]:
+            np.testing.assert_allclose(case.rotate(x, phi), expected, atol=1e-13, rtol=0)
+    # The rest is float32's.
+    assert case.arrays.left == {"cos", "sin", "q_out", "k_out"} | ({"inv_freq"} if case.llama else set())
+
+
+@pytest.mark.parametrize("name", TRANSFORMERS)
+def test_transformers_in_float32_errs_as_float32_may(name):
+    """Its frequencies, angles, tables and results in float32, each within the bound of the judge."""
+    case, arithmetic = Transformers(name), Arithmetic(Profile("float32", "strict", "A32"))
+
+    def within(found, ball):
+        assert np.max(np.abs(found - ball.value) / ball.finished().rad) < 1
+
+    phi = judged.angle(arithmetic, case.positions, judged.powers(case.width, case.base))
+    for part in ("cos", "sin"):
+        within(case.table(part), {"cos": cos, "sin": sin}[part](phi))
+    layout = "half_split" if case.llama else "interleaved"
+    for part in "qk":
+        x = arithmetic.exact(case.heads(part))
+        positions = case.positions[..., None]
+        ball = judged.rotate(arithmetic, x, positions, case.base, layout=layout, rotary_width=case.width)
+        within(case.heads(f"{part}_out"), ball)
+    if case.llama:
+        theta = case.arrays["inv_freq"]
+        within(theta, judged.frequencies(arithmetic, case.width, case.base))
+        # From its own frequencies on, only roundings are left: of the angle, of its sine and cosine, of the result.
+        own = arithmetic.exact(theta) * case.positions[..., None].astype(float)
+        turned = rope.angles(case.positions, theta)[..., None, :]
+        for part in ("cos", "sin"):
+            within(case.table(part), {"cos": cos, "sin": sin}[part](own))
+        for part in "qk":
+            first, second = (arithmetic.exact(half) for half in np.split(case.heads(part), 2, axis=-1))
+            c, s = cos(own)[..., None, :], sin(own)[..., None, :]
+            ball = concatenate([first * c - second * s, first * s + second * c])
+            np.testing.assert_allclose(case.rotate(case.heads(part), turned), ball.value, rtol=0, atol=1e-13)
+            within(case.heads(f"{part}_out"), ball)
+
+
+def test_every_file_of_transformers_is_reproduced_and_the_copies_are_copies():
+    assert collection.collected("hf_rotary") == set(TRANSFORMERS)
+    assert not collection.differing_copies("hf_rotary")
 
 
 def test_quarter_and_half_turns_by_hand():

@@ -9,6 +9,8 @@ import torch
 from torch.autograd import gradcheck
 from torch.testing import assert_close
 
+from conformance.budget import Profile
+from conformance.case import Case, reference
 from refimpl.check import DomainError, ShapeError
 from refimpl.ops import can as spec
 from torchimpl.ops import can
@@ -64,35 +66,58 @@ def test_ambiguous_any_includes_its_upper_end():
     assert [can.ambiguous_any(p, threshold=0.95, max_top=t)[2].item() for t in (3, 4, 99)] == [False, True, True]
 
 
+def within(found, expected, op, **arguments):
+    """In float32, inputs rounded first, no further off than the judge permits."""
+    case = Case(f"can.{op}", "golden", arguments, profile=Profile("float32"))
+    ball = next(iter(reference(case, blur=2.0**-24).values()))
+    assert found.dtype == torch.float32 and np.isfinite(ball.rad).all()
+    assert (np.abs(found.double().numpy() - expected) <= ball.rad).all()
+
+
 @golden("split_*.npz")
 def test_ambiguous_any_reproduces_the_authors_split(path):
     data = np.load(path)
     p, max_k = torch.from_numpy(data["probs"]), int(data["max_k"])
     # Their upper end is excluded; None means all classes.
-    found = can.ambiguous_any(p, threshold=float(data["threshold"]), max_top=p.shape[1] if max_k < 0 else max_k - 1)
-    assert found.nonzero()[:, 0].tolist() == data["ambiguous_ids"].tolist()
+    named = {"threshold": float(data["threshold"]), "max_top": p.shape[1] if max_k < 0 else max_k - 1}
+    for given in (p, p.float()):
+        found = can.ambiguous_any(given, **named)
+        assert found.nonzero()[:, 0].tolist() == data["ambiguous_ids"].tolist()
+        assert (~found).nonzero()[:, 0].tolist() == data["confident_ids"].tolist()
+    for top, expected in enumerate(data["topk_entropy"].T, start=2):
+        close(can.top_entropy(p, top=top), expected)
+        within(can.top_entropy(p.float(), top=top), expected, "top_entropy", p=data["probs"], top=top)
+    close(can.top_entropy(p, top=p.shape[1]), data["entropy"])
 
 
 @golden("blog_*.npz")
 def test_adjust_reproduces_the_article(path):
     data = np.load(path)
-    p, named = torch.from_numpy(data["probs"]), {"top": int(data["k"]), "threshold": float(data["threshold"])}
+    p, prior = torch.from_numpy(data["probs"]), torch.from_numpy(data["prior"])
+    named = {"top": int(data["k"]), "threshold": float(data["threshold"])}
     named |= {"alpha": float(data["alpha"]), "iterations": int(data["iters"])}
-    adjusted, uncertain = can.adjust(p, torch.from_numpy(data["prior"]), **named)
+    adjusted, uncertain = can.adjust(p, prior, **named)
     assert uncertain.tolist() == data["ambiguous"].tolist()
     close(adjusted, data["adjusted"], 1e-12)
     assert torch.equal(adjusted[~uncertain], p[~uncertain])
+    adjusted, uncertain = can.adjust(p.float(), prior.float(), **named)
+    assert uncertain.tolist() == data["ambiguous"].tolist()
+    within(adjusted, data["adjusted"], "adjust", p=data["probs"], prior=data["prior"], **named)
 
 
 @golden("rsa_*.npz")
 def test_official_variant_reproduces_the_authors_code(path):
     data = np.load(path)
-    confident, uncertain = torch.from_numpy(data["X_confident"]), torch.from_numpy(data["X_ambiguous"])
-    k = uncertain.shape[1]
-    prior = torch.from_numpy(data["prior"]) if "prior" in data.files else torch.full((k,), 1 / k).double()
+    arrays = {"confident": data["X_confident"], "uncertain": data["X_ambiguous"]}
+    k = arrays["uncertain"].shape[1]
+    arrays["prior"] = data["prior"] if "prior" in data.files else np.full(k, 1 / k)
     for depth in range(int(data["depth"]) + 1):
         named = {"alpha": float(data["alpha"]), "iterations": depth}
-        close(can.alternating_normalization_official(confident, uncertain, prior, **named).T, data[f"V{depth}"])
+        op = can.alternating_normalization_official
+        given = {name: torch.from_numpy(array) for name, array in arrays.items()}
+        close(op(**given, **named).T, data[f"V{depth}"])
+        found = op(**{name: tensor.float() for name, tensor in given.items()}, **named)
+        within(found, data[f"V{depth}"].T, op.__name__, **arrays, **named)
 
 
 # The prior

@@ -3,13 +3,17 @@
 import math
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 
+from conformance.case import Package
 from refimpl.check import DomainError, ShapeError
+from tests.golden import collection, lucidrains
 from torchimpl.ops import attention_kernel as kernels
 from torchimpl.ops import gau, norm, rope
 
+TORCH = Package("torchimpl.ops")
 BARE = partial(kernels.squared_relu_constant, length=1)
 NAMES = ("w_in", "b_in", "gamma_q", "beta_q", "gamma_k", "beta_k", "w_out", "b_out")
 SU = {"rotate": rope.rotate_interleaved, "kernel": kernels.squared_relu_visible}
@@ -97,6 +101,32 @@ def test_is_the_unit_of_flash_pytorch() -> None:
         norm=lambda t: norm.layer_norm(t, theirs.norm.weight, theirs.norm.bias, epsilon=1e-5),
     )  # fmt: skip
     torch.testing.assert_close(found, theirs(x, mask=valid), rtol=1e-11, atol=1e-11)
+
+
+def of_golden(array, dtype):
+    tensor = torch.tensor(array)
+    return tensor.to(dtype) if tensor.is_floating_point() else tensor
+
+
+@pytest.mark.parametrize("name", lucidrains.GAU)
+def test_flash_pytorchs_outputs_in_float32(name: str) -> None:
+    """Within what float32 may do to the formula, weights and input rounded first."""
+    golden = collection.load("flash_pytorch", name)
+    with torch.no_grad():
+        found = lucidrains.gau(TORCH, partial(of_golden, dtype=torch.float32), golden, name)
+    assert found.dtype == torch.float32
+    bound = lucidrains.Balls("float32").gau(golden, name).rad
+    assert np.max(np.abs(found.double().numpy() - golden["y"]) / bound) < 1
+
+
+@pytest.mark.parametrize("name", lucidrains.GAU)
+def test_flash_pytorchs_gradients(name: str) -> None:
+    golden = collection.load("flash_pytorch", name)
+    x = torch.tensor(golden["x"], requires_grad=True)
+    y = lucidrains.gau(TORCH, partial(of_golden, dtype=torch.float64), golden, name, x=x)
+    (found,) = torch.autograd.grad(y, x, torch.tensor(golden["grad_y"]))
+    expected = torch.tensor(golden["grad_x"])
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12 * expected.abs().max().item())
 
 
 def test_positions() -> None:

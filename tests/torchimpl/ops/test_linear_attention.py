@@ -3,10 +3,12 @@
 import functools
 import math
 
+import numpy as np
 import pytest
 import torch
 
 from refimpl.check import DomainError, ShapeError
+from tests.golden import fla
 from torchimpl.ops import linear_attention as la
 
 FORMS = {
@@ -57,6 +59,25 @@ def test_bidirectional_worked_by_hand():
     out = la.bidirectional(q, k, v, scale=1.0, cu_seqlens=torch.tensor([0, 1, 1, 3]), initial_state=starts)
     assert out.output.flatten().tolist() == [2, -174, -261]
     assert out.state.flatten().tolist() == [2, 2, -87]
+
+
+@pytest.mark.parametrize("name", fla.FORMS)
+def test_flash_linear_attention(name):
+    """In float64, and in float32 within what the judge permits the form that it ran."""
+    run, chunk = fla.Run(name), fla.CHUNKS.get(name)
+    form = getattr(la, fla.FORMS[name])
+    form = form if chunk is None else functools.partial(form, chunk_size=chunk)
+    call = functools.partial(la.normalised, form=form) if run.normalised else form
+
+    def results(dtype):
+        given = {k: torch.tensor(v, dtype=dtype) if isinstance(v, np.ndarray) else v for k, v in run.arguments.items()}
+        return call(**given)
+
+    for found, expected in zip(results(torch.float64), run.double, strict=False):
+        torch.testing.assert_close(found, torch.tensor(expected), rtol=1e-12, atol=1e-12)
+    for found, expected, ball in zip(results(torch.float32), run.double, run.balls(), strict=False):
+        # The running state may be kept in more.
+        assert (np.abs(found.double().numpy() - expected) <= ball.rad).all()
 
 
 @pytest.mark.parametrize("packed", [False, True])

@@ -3,13 +3,17 @@
 import functools
 import math
 
+import numpy as np
 import pytest
 import torch
 
+from conformance.case import Package
 from refimpl.check import DomainError, ShapeError
+from tests.golden import collection, lucidrains
 from torchimpl.ops import attention_kernel, rope
 from torchimpl.ops import mixed_chunk_attention as mca
 
+TORCH = Package("torchimpl.ops")
 SQUARED_RELU = functools.partial(attention_kernel.squared_relu_constant, length=1)
 MODES = ("bidirectional", "causal", "causal_strict")
 NORMALISERS = ("su", "paper", "lucidrains", "lucidrains_causal", "unnormalised", "visible")
@@ -101,6 +105,46 @@ def test_equals_the_dense_operator(mode, normaliser):
                     overlap = documents is mca.overlapping_chunks
                     expected = dense(mode, [x[b] for x in heads], valid[b], ids[b], bias, overlap=overlap, **options)
                     torch.testing.assert_close(out[b], expected, rtol=1e-11, atol=1e-12)
+
+
+def of_golden(array, dtype):
+    tensor = torch.tensor(array)
+    return tensor.to(dtype) if tensor.is_floating_point() else tensor
+
+
+@pytest.mark.parametrize("name", [*lucidrains.FLASH, "transformer"])
+def test_flash_pytorchs_outputs_in_float32(name):
+    """Within what float32 may do to the formula, weights and input rounded first."""
+    golden, kind = collection.load("flash_pytorch", name), "transformer" if name == "transformer" else "flash"
+    named = () if kind == "transformer" else (name,)
+    with torch.no_grad():
+        found = getattr(lucidrains, kind)(TORCH, functools.partial(of_golden, dtype=torch.float32), golden, *named)
+    assert found.dtype == torch.float32
+    bound = getattr(lucidrains.Balls("float32"), kind)(golden, *named).rad
+    assert np.max(np.abs(found.double().numpy() - golden["y"]) / bound) < 1
+
+
+@pytest.mark.parametrize("i", range(lucidrains.LAYERS))
+def test_a_layer_of_flash_pytorchs_transformer_in_float32(i):
+    """On one and the same input, where the bound has not yet grown with the layers before."""
+    golden, balls = collection.load("flash_pytorch", "transformer"), lucidrains.Balls("float32")
+    x = 2 * np.random.default_rng(i).normal(size=(*golden["x"].shape, 16))
+    with torch.no_grad():
+        put = functools.partial(of_golden, dtype=torch.float32)
+        found = lucidrains.layer(TORCH, put, golden, i, put(x)).double().numpy()
+    expected = lucidrains.layer(Package("refimpl.ops"), np.asarray, golden, i, x)
+    bound = balls.layer(golden, i, balls.put(x)).finished().rad
+    assert np.max(np.abs(found - expected) / bound) < 1 and bound.max() < 1e-3 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("name", lucidrains.FLASH)
+def test_flash_pytorchs_gradients(name):
+    golden = collection.load("flash_pytorch", name)
+    x = torch.tensor(golden["x"], requires_grad=True)
+    y = lucidrains.flash(TORCH, functools.partial(of_golden, dtype=torch.float64), golden, name, x=x)
+    (found,) = torch.autograd.grad(y, x, torch.tensor(golden["grad_y"]))
+    expected = torch.tensor(golden["grad_x"])
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12 * expected.abs().max().item())
 
 
 @pytest.mark.parametrize("normaliser", [mca.su, mca.lucidrains_causal, mca.visible])
