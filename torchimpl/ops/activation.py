@@ -44,7 +44,10 @@ def gelu_erf(x: Float[Tensor, "*b"]) -> Float[Tensor, "*b"]:
     Raises: DomainError unless x is a floating tensor.
     """
     wide = check.island(check.real("activation.gelu_erf", "x", x))
-    return (wide * torch.special.erfc(wide * -math.sqrt(0.5)) / 2).to(x.dtype)
+    # Fused where it is compiled; otherwise a pass over memory for every operation is what training waits for.
+    if torch.compiler.is_compiling():
+        return (wide * torch.special.erfc(wide * -math.sqrt(0.5)) / 2).to(x.dtype)
+    return _GeluErf.apply(wide).to(x.dtype)
 
 
 def gelu_tanh(x: Float[Tensor, "*b"]) -> Float[Tensor, "*b"]:
@@ -79,3 +82,16 @@ class _PositivePart(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
         (y,) = ctx.saved_tensors
         return gradient * torch.sign(y)
+
+
+class _GeluErf(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        y = x * -math.sqrt(0.5)
+        return torch.special.erfc(y, out=y).mul_(x).div_(2)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return torch.ops.aten.gelu_backward(gradient, x)
