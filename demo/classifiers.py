@@ -20,8 +20,10 @@ from demo import digits, stage
 from demo.digits import Digits, Images
 from demo.stage import Stage
 from demo.terminal import Bars
-from refimpl import config as configuration
+from refimpl import model as specification
+from refimpl.model import Model
 from refimpl.models import flash, gau_alpha
+from refimpl.models._heads import SequenceClassifier
 from torchimpl.train import TrainConfig
 
 
@@ -30,7 +32,7 @@ class Classifier:
     """A model and how it is trained."""
 
     title: str
-    config: Any
+    model: Model
     recipe: TrainConfig
     # Of the module: dropout.
     options: dict[str, Any]
@@ -45,20 +47,24 @@ RECIPE = TrainConfig(
     clip=1.0, seed=0, save_every=1000,
 )  # fmt: skip
 SIZES: dict[str, Any] = {
-    "vocab_size": digits.SHADES, "segments": digits.ROWS, "labels": digits.CLASSES, "hidden_size": 48, "layers": 3,
-    "expanded_size": 96, "key_size": 16, "rotary_base": 10000.0,
+    "vocab_size": digits.SHADES, "segments": digits.ROWS, "hidden_size": 48, "layers": 3, "expanded_size": 96,
+    "key_size": 16, "rotary_base": 10000.0,
 }  # fmt: skip
+HEADS = (SequenceClassifier(labels=digits.CLASSES, pooling="mean_of_tokens"),)
 GAU = Classifier(
     "GAU (quadratic)",
-    gau_alpha.Config(**SIZES, n_min=1, epsilon=1e-12),
+    Model(gau_alpha.Config(**SIZES, n_min=1, epsilon=1e-12), HEADS, "bidirectional"),
     RECIPE,
     {"hidden_dropout": 0.0, "attention_dropout": 0.0},
 )
 FLASH = Classifier(
     "FLASH (mixed chunks of 16)",
-    flash.Config(
-        **SIZES, chunk=16, mix="bidirectional", kernel="squared_relu", divisor="root_key_size", normaliser="visible",
-        rows="paper", rotation="interleaved", epsilon=1e-6,
+    Model(
+        flash.Config(
+            **SIZES, chunk=16, mix="bidirectional", kernel="squared_relu", divisor="root_key_size",
+            normaliser="visible", rows="paper", rotation="interleaved", epsilon=1e-6,
+        ),
+        HEADS, "bidirectional",
     ),
     RECIPE,
     {"hidden_dropout": 0.0},
@@ -70,25 +76,27 @@ ANSWERS = "answers.npz"
 
 def train(out: Path, classifier: Classifier, data: Digits, bars: Bars, *, fresh: bool = False) -> Stage:
     """Train, keep the epoch that is best on the validation images as a model folder, and answer for all images."""
-    name = classifier.config.model
+    name = classifier.model.config.model
 
     def make(folder: Path) -> dict[str, Any]:
         import torch
 
         from torchimpl import checkpoint
+        from torchimpl import model as modules
         from torchimpl import train as training
 
         held = [_labelled(part) for part in data]
         task = training.classification(held[0], held[1], change=digits.jitter)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(classifier.recipe.seed)
-            model = checkpoint.module(classifier.config, **classifier.options)
+            model = checkpoint.module(classifier.model, **classifier.options)
         with bars.training(f"training {classifier.title}") as progress:
             fitted = training.fit(model, task, classifier.recipe, folder / "run", progress)
-        checkpoint.save(folder / "model", classifier.config, fitted.weights)
-        model = checkpoint.module(classifier.config, fitted.weights)
-        outputs = [training.predict(model, part) for part in held]
-        answers = {p: (o.logits.numpy(), o.embedding.numpy()) for p, o in zip(PARTS, outputs, strict=True)}
+        weights = modules.flat(classifier.model, fitted.weights)
+        checkpoint.save(folder / "model", classifier.model, weights)
+        model = checkpoint.module(classifier.model, weights)
+        outputs = [training.predict(model, part, outputs=("logits", "embedding")) for part in held]
+        answers = {p: (o["logits"].numpy(), o["embedding"].numpy()) for p, o in zip(PARTS, outputs, strict=True)}
         _keep(folder / ANSWERS, answers)
         return {
             "parameters": sum(parameter.numel() for parameter in model.parameters()),
@@ -102,7 +110,7 @@ def train(out: Path, classifier: Classifier, data: Digits, bars: Bars, *, fresh:
 
     depends = {
         "code": stage.code("torchimpl", "refimpl", "demo/classifiers.py", "demo/digits.py"),
-        "config": configuration.to_dict(classifier.config),
+        "model": specification.to_dict(classifier.model),
         "recipe": asdict(classifier.recipe),
         "options": classifier.options,
         "data": _hash(data),
@@ -130,7 +138,7 @@ def export(out: Path, trained: Stage, *, fresh: bool = False) -> Stage:
         return told
 
     depends = {
-        "code": stage.code("export", "refimpl", "torchimpl/checkpoint.py", "demo/classifiers.py"),
+        "code": stage.code("export", "refimpl", "torchimpl/checkpoint.py", "torchimpl/model.py", "demo/classifiers.py"),
         "weights": trained.result["sha256"],
         "config": stage.digest(trained.folder / "model" / "config.json"),
         "versions": stage.versions("numpy", "onnx", "onnxruntime", "onnxscript", "torch"),

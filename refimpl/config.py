@@ -8,7 +8,7 @@ import importlib
 import json
 import math
 import pkgutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
@@ -20,14 +20,15 @@ def known() -> tuple[str, ...]:
     return tuple(sorted(file.name for file in pkgutil.iter_modules(models.__path__) if not file.name.startswith("_")))
 
 
-def check_types(config: Any) -> None:
+def check_types(held: Any, operation: str = "") -> None:
     """Every field of a dataclass holds what its annotation says: int, float (an int will do), bool, str or a Literal.
 
+    operation: how errors begin, where it is not the name of a Config.
     Raises: DomainError naming the field; for NaN and infinity too, and for a bool in the place of a number.
     """
-    operation = f"{config.model}.Config"
-    for name, kind in _fields(type(config)).items():
-        value = getattr(config, name)
+    operation = operation or f"{held.model}.Config"
+    for name, kind in _fields(type(held)).items():
+        value = getattr(held, name)
         if get_origin(kind) is Literal:
             choices = get_args(kind)
             # 1 and True are equal, so they are told apart by type.
@@ -56,33 +57,70 @@ def from_dict(given: Mapping[str, Any]) -> Any:
     model = given.get("model")
     if model not in known():
         raise check.DomainError(f'config: expected "model" to be one of {", ".join(known())}, received {model!r}')
-    kind = importlib.import_module(f"refimpl.models.{model}").Config
-    fields = _fields(kind)
-    rest = {key: value for key, value in given.items() if key != "model"}
-    unknown = [key for key in rest if key not in fields]
-    if unknown:
-        keys = ", ".join(["model", *fields])
-        raise check.DomainError(f"{model}.Config: unknown key {_quoted(unknown)}; the known keys are {keys}")
+    return made(f"{model}.Config", importlib.import_module(f"refimpl.models.{model}").Config, "model", given)
+
+
+def made(operation: str, kind: type, tag: str, given: Mapping[str, Any]) -> Any:
+    """The dataclass `kind` of all the keys of a JSON object but `tag`, which told which kind it is.
+
+    Raises: DomainError for an unknown or missing key, and as `kind` itself.
+    """
     required = [field.name for field in dataclasses.fields(kind) if field.default is dataclasses.MISSING]
-    missing = [name for name in required if name not in rest]
+    check_keys(operation, given, known=(tag, *_fields(kind)), required=required)
+    return kind(**{key: value for key, value in given.items() if key != tag})
+
+
+def check_keys(operation: str, given: Mapping[str, Any], *, known: Sequence[str], required: Sequence[str]) -> None:
+    """Every key of a JSON object is known, and what is required is there.
+
+    Raises: DomainError naming the keys.
+    """
+    unknown = [key for key in given if key not in known]
+    if unknown:
+        raise check.DomainError(f"{operation}: unknown key {_quoted(unknown)}; the known keys are {', '.join(known)}")
+    missing = [name for name in required if name not in given]
     if missing:
-        raise check.DomainError(
-            f"{model}.Config: missing key {_quoted(missing)}; received {', '.join(map(str, given))}"
-        )
-    return kind(**rest)
+        raise check.DomainError(f"{operation}: missing key {_quoted(missing)}; received {', '.join(map(str, given))}")
 
 
 def read(file: str | Path) -> Any:
     """The configuration in a JSON file.
 
-    Raises: as `from_dict`, and for a key that stands twice, of which a reader could only take one.
+    Raises: as `from_dict` and `read_json`.
     """
-    return from_dict(json.loads(Path(file).read_text(encoding="utf-8"), object_pairs_hook=_once))
+    return from_dict(read_json(file))
+
+
+def read_json(file: str | Path) -> Any:
+    """What a JSON file holds.
+
+    Raises: DomainError for a file that is no JSON, and for a key that stands twice, of which a reader could only take
+        one.
+    """
+    return parsed(Path(file).read_bytes(), str(file))
+
+
+def parsed(text: str | bytes, where: str) -> Any:
+    """What a JSON text holds; `where` is how errors call it.
+
+    Raises: as `read_json`.
+    """
+    try:
+        return json.loads(text, object_pairs_hook=_once)
+    except check.DomainError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise check.DomainError(f"config: {where} is no JSON: {error}") from None
 
 
 def write(config: Any, file: str | Path) -> None:
     """Write the JSON file that `read` reads."""
-    Path(file).write_text(json.dumps(to_dict(config), indent=2) + "\n", encoding="utf-8")
+    write_json(to_dict(config), file)
+
+
+def write_json(told: Any, file: str | Path) -> None:
+    """Write the JSON file that `read_json` reads."""
+    Path(file).write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
 
 
 def _fields(kind: type) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 session = Session("model.onnx");   session.run(token_ids)["logits"]
 """
 
-import json
 import math
 import os
 from collections.abc import Sequence
@@ -13,10 +12,12 @@ from typing import Any
 import numpy as np
 import onnxruntime
 
-from refimpl import check
+from refimpl import check, config
+from refimpl import model as specification
+from refimpl.model import Model
 
 # Of refimpl.format in the file's metadata; a file with a larger one was written by a newer refimpl.
-FORMAT = 1
+FORMAT = 2
 INPUTS = ("token_ids", "segment_ids", "mask")
 PROVIDERS = ("CPUExecutionProvider",)
 
@@ -28,8 +29,9 @@ class SessionError(ValueError):
 class Session:
     """A model file, loaded. `run` may be called from several threads at once.
 
-    config: the model's configuration as it stands in the file; metadata: everything that the file tells.
-    threads: of one call; by default as many as the process may use. max_batch, max_length: larger requests are refused.
+    model: what the file tells of the model; outputs: the names of what it gives, which `model` has as heads.
+    metadata: everything that the file tells. threads: of one call; by default as many as the process may use.
+    max_batch, max_length: larger requests are refused; where the model chooses, max_batch counts all choices.
     """
 
     def __init__(
@@ -64,31 +66,37 @@ class Session:
                 f"runtime: {path} cannot be loaded: it is damaged or cut off, or {_first(error)}"
             ) from None
         self.metadata: dict[str, str] = dict(self._session.get_modelmeta().custom_metadata_map)
-        self.config = _config(path, self.metadata)
+        self.model = _model(path, self.metadata)
         self.outputs = tuple(output.name for output in self._session.get_outputs())
         found = tuple(entry.name for entry in self._session.get_inputs())
         if found != INPUTS:
             raise SessionError(f"runtime: {path} takes {', '.join(found)}; expected {', '.join(INPUTS)}")
+        due = specification.outputs(self.model)
+        if self.outputs != due:
+            raise SessionError(f"runtime: {path} gives {', '.join(self.outputs)}; its model gives {', '.join(due)}")
 
     def run(self, token_ids: Any, segment_ids: Any = None, mask: Any = None) -> dict[str, np.ndarray]:
-        """The outputs by name for token ids (batch, length); without them every token is of segment 0 and real.
+        """The outputs by name for token ids (batch, length), or (batch, choices, length) where the model chooses.
 
-        Raises: ShapeError unless all have one shape (batch, length) of at least one and at most max_batch rows and
-            max_length tokens; DomainError for ids that are no integers or outside their table, and for a mask that is
-            not boolean.
+        Without segment_ids every token is of segment 0, without a mask every token is real.
+
+        Raises: ShapeError unless all have one shape of at least one and at most max_batch rows and max_length tokens;
+            DomainError for ids that are no integers or outside their table, and for a mask that is not boolean.
         """
         operation = "runtime.run"
         ids = check.integer(operation, "token_ids", token_ids)
-        expected = f"token_ids (b, n) with 1 <= b <= {self.max_batch} and 1 <= n <= {self.max_length}"
-        fits = ids.ndim == 2 and 1 <= ids.shape[0] <= self.max_batch and 1 <= ids.shape[1] <= self.max_length
+        sizes = "(b, k, n) with 1 <= b k" if self.model.choosing else "(b, n) with 1 <= b"
+        expected = f"token_ids {sizes} <= {self.max_batch} and 1 <= n <= {self.max_length}"
+        fits = ids.ndim == 2 + self.model.choosing
+        fits = fits and 1 <= math.prod(ids.shape[:-1]) <= self.max_batch and 1 <= ids.shape[-1] <= self.max_length
         check.shape(operation, fits, expected, token_ids=ids)
         segments = np.zeros_like(ids) if segment_ids is None else check.integer(operation, "segment_ids", segment_ids)
         real = np.ones(ids.shape, np.bool_) if mask is None else check.boolean(operation, "mask", mask)
         fits = ids.shape == segments.shape == real.shape
-        expected = "token_ids, segment_ids and mask of one shape (b, n)"
+        expected = "token_ids, segment_ids and mask of one shape"
         check.shape(operation, fits, expected, token_ids=ids, segment_ids=segments, mask=real)
-        _within(operation, "token_ids", ids, self.config["vocab_size"])
-        _within(operation, "segment_ids", segments, self.config["segments"])
+        _within(operation, "token_ids", ids, self.model.config.vocab_size)
+        _within(operation, "segment_ids", segments, self.model.config.segments)
         results = self._session.run(None, dict(zip(INPUTS, (ids, segments, real), strict=True)))
         return dict(zip(self.outputs, results, strict=True))
 
@@ -129,30 +137,35 @@ def _quota(folder: Path, *, v2: bool) -> float:
         return math.inf
 
 
-def _config(path: str | Path, metadata: dict[str, str]) -> dict[str, Any]:
+def _model(path: str | Path, metadata: dict[str, str]) -> Model:
     try:
-        newest = int(metadata["refimpl.format"])
-        config: dict[str, Any] = json.loads(metadata["refimpl.config"])
-        known = all(type(config[name]) is int for name in ("vocab_size", "segments"))
-    except (KeyError, TypeError, ValueError):
-        known = False
-    if not known:
+        found = int(metadata["refimpl.format"])
+    except (KeyError, ValueError):
         raise SessionError(
-            f"runtime: {path} was not written by `refimpl export`: its metadata lacks refimpl.format and refimpl.config"
+            f"runtime: {path} was not written by `refimpl export`: its metadata lacks refimpl.format"
+        ) from None
+    if found > FORMAT:
+        raise SessionError(f"runtime: {path} has format {found} of a newer refimpl; this one reads {FORMAT}")
+    if found < FORMAT:
+        raise SessionError(
+            f"runtime: {path} has format {found} of an older refimpl, this one reads {FORMAT}: export the model again"
         )
-    if newest > FORMAT:
-        raise SessionError(f"runtime: {path} has format {newest} of a newer refimpl; this one reads {FORMAT}")
-    return config
+    if "refimpl.model" not in metadata:
+        raise SessionError(f"runtime: {path} was not written by `refimpl export`: its metadata lacks refimpl.model")
+    try:
+        return specification.from_dict(config.parsed(metadata["refimpl.model"], "refimpl.model in the metadata"))
+    except check.SpecError as error:
+        raise SessionError(f"runtime: {path} tells no model that this refimpl knows: {error}") from None
 
 
 def _within(operation: str, name: str, ids: np.ndarray, size: int) -> None:
     # A negative id would read the table from its end, without an error.
     outside = (ids < 0) | (ids >= size)
     if outside.any():
-        row, column = (int(i) for i in np.argwhere(outside)[0])
+        *rows, column = (int(i) for i in np.argwhere(outside)[0])
         raise check.DomainError(
-            f"{operation}: expected {name} from 0 to {size - 1}, received {ids[row, column]} in row {row}, "
-            f"column {column}"
+            f"{operation}: expected {name} from 0 to {size - 1}, received {ids[*rows, column]} in row "
+            f"{', choice '.join(map(str, rows))}, column {column}"
         )
 
 

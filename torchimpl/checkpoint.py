@@ -1,10 +1,12 @@
 """A trained model as a folder: config.json, model.safetensors and manifest.json, which has the SHA-256 of both.
 
+config.json is a whole model as refimpl/model.py has it: encoder, visible, heads. The weights have the names of the
+specification, kernels (in, out).
+
 Nothing in the folder is executed when it is read: JSON and safetensors hold numbers and names only.
 """
 
 import hashlib
-import importlib
 import json
 import os
 import shutil
@@ -18,12 +20,16 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load as read_tensors
 from safetensors.torch import save as write_tensors
-from torch import Tensor, nn
+from torch import Tensor
 
-from refimpl import config as configuration
+from refimpl import config
+from refimpl import model as specification
+from refimpl.model import Model
+from torchimpl import model as modules
 
-# Raised when a reader of this version could no longer read the folder.
-FORMAT = 1
+# Raised when a reader of this version could no longer read the folder. 1 had an encoder's Config in config.json, and no
+# heads.
+FORMAT = 2
 CONFIG, WEIGHTS, MANIFEST = "config.json", "model.safetensors", "manifest.json"
 
 
@@ -33,24 +39,28 @@ class CheckpointError(ValueError):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A model's configuration, its weights, and the SHA-256 of the file that held the weights."""
+    """A model, its weights by the names of the specification, and the SHA-256 of the file that held them."""
 
-    config: Any
+    model: Model
     weights: dict[str, Tensor]
     sha256: str
 
 
-def save(folder: Path, config: Any, weights: Mapping[str, Tensor]) -> None:
+def save(folder: Path, model: Model, weights: Mapping[str, Tensor], extra: Mapping[str, bytes] | None = None) -> None:
     """Write a model folder, which appears under its name only when whole. A model that is there already is replaced.
 
-    Raises: CheckpointError for weights that `config` does not have or lacks, for another shape or a number that is not
+    weights: by the names of the specification, as torchimpl.model.Model.weights gives them.
+    extra: files that belong to the model, such as a vocabulary, by name; the manifest lists them too.
+
+    Raises: CheckpointError for weights that `model` does not have or lacks, for another shape or a number that is not
         finite, and where something that is no model has the name.
     """
-    _check(str(folder), config, weights)
+    _check(str(folder), model, weights)
     held = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in weights.items()}
     files = {
-        CONFIG: (json.dumps(configuration.to_dict(config), indent=2) + "\n").encode(),
+        CONFIG: (json.dumps(specification.to_dict(model), indent=2) + "\n").encode(),
         WEIGHTS: write_tensors(held),
+        **(extra or {}),
     }
     listed = {name: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in files.items()}
     files[MANIFEST] = (json.dumps({"format": FORMAT, "files": listed}, indent=2) + "\n").encode()
@@ -71,38 +81,46 @@ def save(folder: Path, config: Any, weights: Mapping[str, Tensor]) -> None:
 def load(folder: Path) -> Checkpoint:
     """Read a model folder.
 
-    Raises: CheckpointError for a missing or changed file, a newer format, and as `save`; DomainError for a
-        configuration that its model refuses.
+    Raises: CheckpointError for a missing or changed file, another format, and as `save`; DomainError for a
+        configuration that refimpl.model refuses.
     """
     try:
         manifest = json.loads((folder / MANIFEST).read_bytes())
-        newer, listed = manifest["format"] > FORMAT, manifest["files"]
+        found, listed = manifest["format"], manifest["files"]
+        older, newer = found < FORMAT, found > FORMAT
     except FileNotFoundError:
         raise CheckpointError(f"checkpoint: {folder} is no model folder: it has no {MANIFEST}") from None
     except (ValueError, KeyError, TypeError):
         raise CheckpointError(f"checkpoint: {folder / MANIFEST} is no manifest of a model folder") from None
     if newer:
-        raise CheckpointError(f"checkpoint: {folder} has format {manifest['format']}, this refimpl reads {FORMAT}")
+        raise CheckpointError(f"checkpoint: {folder} has format {found}, this refimpl reads {FORMAT}")
+    if older:
+        raise CheckpointError(
+            f"checkpoint: {folder} has format {found} of an earlier refimpl, whose {CONFIG} tells an encoder without "
+            f"its heads. The weights have kept their names: read {WEIGHTS} with safetensors, and save them again with "
+            "torchimpl.checkpoint.save(folder, refimpl.model.Model(config, heads, visible), weights); the heads of "
+            'gau_alpha and flash were (SequenceClassifier(labels=..., pooling="mean_of_tokens"),)'
+        )
     files = {name: _intact(folder / name, listed) for name in (CONFIG, WEIGHTS)}
-    config = configuration.read(folder / CONFIG)
+    model = specification.from_dict(config.parsed(files[CONFIG], str(folder / CONFIG)))
     try:
         weights = read_tensors(files[WEIGHTS])
     except SafetensorError as error:
         raise CheckpointError(f"checkpoint: {folder / WEIGHTS} is no safetensors file ({error})") from None
-    _check(str(folder), config, weights)
-    # In the order of the configuration: a safetensors file has none of its own.
-    return Checkpoint(config, {name: weights[name] for name in _shapes(config)}, listed[WEIGHTS]["sha256"])
+    _check(str(folder), model, weights)
+    # In the order of the specification: a safetensors file has none of its own.
+    ordered = {name: weights[name] for name in specification.shapes(model)}
+    return Checkpoint(model, ordered, listed[WEIGHTS]["sha256"])
 
 
-def module(config: Any, weights: Mapping[str, Tensor] | None = None, **options: Any) -> nn.Module:
-    """The torch module of a configuration, with these weights or as it is initialised: gau_alpha.GauAlpha and so on.
+def module(model: Model, weights: Mapping[str, Tensor] | None = None, **options: Any) -> modules.Model:
+    """The torch module of a whole model, with these weights or as it is initialised.
 
-    options: what the module takes besides, such as dropout.
+    options: what the encoder takes besides, such as dropout.
     """
-    name = "".join(part.capitalize() for part in config.model.split("_"))
-    made: nn.Module = getattr(importlib.import_module(f"torchimpl.models.{config.model}"), name)(config, **options)
+    made = modules.Model(model, **options)
     if weights is not None:
-        made.load_state_dict(dict(weights))
+        made.load_weights(weights)
     return made
 
 
@@ -153,17 +171,12 @@ def _intact(file: Path, listed: Mapping[str, Any]) -> bytes:
     return data
 
 
-def _shapes(config: Any) -> dict[str, tuple[int, ...]]:
-    made: dict[str, tuple[int, ...]] = importlib.import_module(f"refimpl.models.{config.model}").shapes(config)
-    return made
-
-
-def _check(where: str, config: Any, weights: Mapping[str, Tensor]) -> None:
-    shapes = _shapes(config)
+def _check(where: str, model: Model, weights: Mapping[str, Tensor]) -> None:
+    shapes = specification.shapes(model)
     missing, unknown = sorted(shapes.keys() - weights.keys()), sorted(weights.keys() - shapes.keys())
     if missing or unknown:
         raise CheckpointError(
-            f"checkpoint: {where}: the weights are not those of {config.model}; missing: {_listed(missing)}; "
+            f"checkpoint: {where}: the weights are not those of {_called(model)}; missing: {_listed(missing)}; "
             f"unknown: {_listed(unknown)}"
         )
     for name, shape in shapes.items():
@@ -175,6 +188,11 @@ def _check(where: str, config: Any, weights: Mapping[str, Tensor]) -> None:
             )
         if not torch.isfinite(tensor).all():
             raise CheckpointError(f"checkpoint: {where}: {name} holds numbers that are not finite")
+
+
+def _called(model: Model) -> str:
+    """The encoder with its heads, in words."""
+    return " with ".join([model.config.model, *(head["head"] for head in specification.to_dict(model)["heads"])])
 
 
 def _listed(names: list[str]) -> str:

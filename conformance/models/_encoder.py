@@ -1,10 +1,8 @@
 """What judging one model shares with judging another: cases, bounds, laws, and parts of the references.
 
-A model under judgement is a function with the arguments of the specification's forward, model(weights, token_ids,
-segment_ids, mask, config=config) -> (logits, embedding, hidden), which takes weights in the format of the profile.
-An encoder without a classifier is a function model(weights, token_ids, segment_ids, mask, positions, config=config,
-visible=name) -> (logits, x_0, ..., x_L): the masked language model's logits of every token and the hidden states;
-`visible` is bidirectional, causal or unilm. Its cases are EncoderCase, its laws ENCODER_LAWS.
+A model under judgement is a function model(weights, token_ids, segment_ids, mask, positions, config=config,
+visible=name) -> (logits, x_0, ..., x_L), which takes weights in the format of the profile: the masked language model's
+logits of every token and the hidden states; `visible` is bidirectional, causal or unilm.
 Laws are plain functions over a model, a case and the bounds of that model's reference.
 """
 
@@ -20,7 +18,7 @@ from conformance.budget import Arithmetic, Ball, Profile, affine
 from conformance.case import storage_type
 from conformance.generate import Draw
 from conformance.law import LawFailed
-from conformance.ops import activation, attention, head, norm, pooling
+from conformance.ops import activation, attention, norm
 from refimpl.models import _encoder as spec
 from refimpl.ops import attention_kernel, rope
 
@@ -37,6 +35,8 @@ class Case:
     token_ids: np.ndarray
     segment_ids: np.ndarray | None = None
     mask: np.ndarray | None = None
+    positions: np.ndarray | None = None
+    visible: str = "bidirectional"
 
     def with_(self, **changes: Any) -> Self:
         return replace(self, **changes)
@@ -50,23 +50,6 @@ class Case:
     def segments(self) -> np.ndarray:
         """The segment of every token."""
         return np.zeros_like(self.token_ids) if self.segment_ids is None else self.segment_ids
-
-    def rows(self, index: Any) -> Self:
-        """The case of some rows of the batch."""
-        chosen = {n: getattr(self, n) for n in ("token_ids", "segment_ids", "mask")}
-        return self.with_(**{n: None if a is None else np.ascontiguousarray(a[index]) for n, a in chosen.items()})
-
-    def call(self, model: Model, weights: Mapping[str, Any]) -> Any:
-        """What a model returns for these inputs."""
-        return model(weights, self.token_ids, self.segment_ids, self.mask, config=self.config)
-
-
-@dataclass(frozen=True)
-class EncoderCase(Case):
-    """A case of a model whose positions may be given, and whose tokens may see less than all real tokens."""
-
-    positions: np.ndarray | None = None
-    visible: str = "bidirectional"
 
     @property
     def places(self) -> np.ndarray:
@@ -85,41 +68,31 @@ class EncoderCase(Case):
         return np.broadcast_to(among[self.visible] & self.real[:, None, :], (b, n, n))
 
     def rows(self, index: Any) -> Self:
-        made = super().rows(index)
-        if self.positions is None or self.positions.ndim == 1:
-            return made
-        return made.with_(positions=np.ascontiguousarray(self.positions[index]))
+        """The case of some rows of the batch."""
+        chosen = {n: getattr(self, n) for n in ("token_ids", "segment_ids", "mask", "positions")}
+        # Positions that are shared belong to every row.
+        return self.with_(
+            **{n: a if a is None or a.ndim == 1 else np.ascontiguousarray(a[index]) for n, a in chosen.items()}
+        )
 
     def call(self, model: Model, weights: Mapping[str, Any]) -> Any:
+        """What a model returns for these inputs."""
         inputs = (self.token_ids, self.segment_ids, self.mask, self.positions)
         return model(weights, *inputs, config=self.config, visible=self.visible)
 
 
 class Expected(NamedTuple):
-    """The results of a model with their radii, and the hidden state before and after every layer."""
+    """The logits of every token, and the hidden states: the last is what heads stand on."""
 
     logits: Ball
-    embedding: Ball
-    hidden: Ball
     states: tuple[Ball, ...]
 
     def results(self) -> dict[str, Ball]:
         """What a model returns, by name."""
-        return {"logits": self.logits, "embedding": self.embedding, "hidden": self.hidden}
-
-
-class ExpectedEncoder(NamedTuple):
-    """The logits of every token and the hidden state before and after every layer."""
-
-    logits: Ball
-    states: tuple[Ball, ...]
-
-    def results(self) -> dict[str, Ball]:
-        """What an encoder returns, by name."""
         return {"logits": self.logits, **{f"x_{i}": state for i, state in enumerate(self.states)}}
 
 
-Reference = Callable[[Arithmetic, Any], Expected | ExpectedEncoder]
+Reference = Callable[[Arithmetic, Any], Expected]
 
 
 def weights_of(
@@ -172,23 +145,6 @@ def _ratio(value: np.ndarray, ball: Ball) -> float:
 
 
 # Laws.
-def right_padding(model: Model, case: Case, reference: Reference, profile: Profile) -> None:
-    """Five padded tokens behind every row, with ids of their own, change nothing on the rest."""
-    b, n = case.token_ids.shape
-    draw = Draw(f"{case.name}/padding")
-
-    def behind(array: np.ndarray, size: int) -> np.ndarray:
-        return np.concatenate([array, draw.integers((b, 5), 0, size - 1)], axis=1)
-
-    longer = case.with_(
-        token_ids=behind(case.token_ids, case.config.vocab_size),
-        segment_ids=behind(case.segments, case.config.segments),
-        mask=np.concatenate([case.real, np.zeros((b, 5), bool)], axis=1),
-    )
-    logits, embedding, hidden = run(model, longer, profile)
-    _equal("right_padding", (logits, embedding, hidden[:, :n]), run(model, case, profile), case, reference, profile)
-
-
 def one_by_one(model: Model, case: Case, reference: Reference, profile: Profile) -> None:
     """Every row of the batch alone gives what it gives in the batch."""
     alone = [run(model, case.rows(slice(i, i + 1)), profile) for i in range(len(case.token_ids))]
@@ -202,38 +158,32 @@ def batch_permutes(model: Model, case: Case, reference: Reference, profile: Prof
     _equal("batch_permutes", backwards, run(model, case, profile), case, reference, profile)
 
 
-def segments_matter(model: Model, case: Case, reference: Reference, profile: Profile) -> None:
-    """Another segment for every token moves the logits of every row with a real token, by more than rounding does."""
-    moved = case.with_(segment_ids=(case.segments + 1) % case.config.segments)
-    change = np.abs(run(model, moved, profile)[0] - run(model, case, profile)[0])
-    rounding = sum(expected(reference, c, profile)[0].rad for c in (moved, case))
-    still = ~(change > rounding).any(axis=-1) & case.real.any(axis=-1)
-    if still.any():
-        raise LawFailed(
-            f"{case.name}: the logits of rows {np.flatnonzero(still).tolist()} do not depend on segment_ids"
-        )
-
-
-LAWS = (right_padding, one_by_one, batch_permutes, segments_matter)
-
-
-# Laws of encoders.
-def padding(model: Model, case: EncoderCase, reference: Reference, profile: Profile) -> None:
+def padding(model: Model, case: Case, reference: Reference, profile: Profile) -> None:
     """Five padded tokens before or behind every row, in the batch or alone, change nothing on the rest."""
+    _padding(model, case, reference, profile, "left")
+    _padding(model, case, reference, profile, "right")
+
+
+def right_padding(model: Model, case: Case, reference: Reference, profile: Profile) -> None:
+    """The same behind every row only: for models whose chunks begin with the array."""
+    _padding(model, case, reference, profile, "right")
+
+
+def _padding(model: Model, case: Case, reference: Reference, profile: Profile, side: str) -> None:
     b, n = case.token_ids.shape
     short = _finished(reference, case, profile)
-    for before, behind, side in ((5, 0, "left"), (0, 5, "right")):
-        longer, inner = _padded(case, before, behind), slice(before, before + n)
-        long = _finished(reference, longer, profile)
-        # Rows have nothing to do with each other, so that their bounds are those of the batch.
-        for rows in (slice(None), *(slice(i, i + 1) for i in range(b))):
-            made = tuple(array[:, inner] for array in run(model, longer.rows(rows), profile))
-            radii = {name: short[name].rad[rows] + long[name].rad[rows, inner] for name in short}
-            law = f"padding on the {side}, batch {len(case.token_ids[rows])}"
-            _within(law, made, run(model, case.rows(rows), profile), case, radii, profile)
+    before, behind = (5, 0) if side == "left" else (0, 5)
+    longer, inner = _padded(case, before, behind), slice(before, before + n)
+    long = _finished(reference, longer, profile)
+    # Rows have nothing to do with each other, so that their bounds are those of the batch.
+    for rows in (slice(None), *(slice(i, i + 1) for i in range(b))):
+        made = tuple(array[:, inner] for array in run(model, longer.rows(rows), profile))
+        radii = {name: short[name].rad[rows] + long[name].rad[rows, inner] for name in short}
+        law = f"padding on the {side}, batch {len(case.token_ids[rows])}"
+        _within(law, made, run(model, case.rows(rows), profile), case, radii, profile)
 
 
-def unseen_tokens(model: Model, case: EncoderCase, reference: Reference, profile: Profile) -> None:
+def unseen_tokens(model: Model, case: Case, reference: Reference, profile: Profile) -> None:
     """A token that sees some others in no layer, not through others either, is the same to the bit whatever they are.
 
     Causality is this law for the tokens behind one.
@@ -259,7 +209,7 @@ def unseen_tokens(model: Model, case: EncoderCase, reference: Reference, profile
                 )
 
 
-def positions_shift(model: Model, case: EncoderCase, reference: Reference, profile: Profile) -> None:
+def positions_shift(model: Model, case: Case, reference: Reference, profile: Profile) -> None:
     """All positions 37 further on change nothing: only differences enter."""
     moved = case.with_(positions=case.places + 37)
     due = _finished(reference, moved, profile)
@@ -267,7 +217,7 @@ def positions_shift(model: Model, case: EncoderCase, reference: Reference, profi
     _within("positions_shift", run(model, moved, profile), run(model, case, profile), case, radii, profile)
 
 
-def segments_enter(model: Model, case: EncoderCase, reference: Reference, profile: Profile) -> None:
+def segments_enter(model: Model, case: Case, reference: Reference, profile: Profile) -> None:
     """Another segment for every token moves some result of every row by more than rounding does."""
     moved = case.with_(segment_ids=(case.segments + 1) % case.config.segments)
     still = np.ones(len(case.token_ids), bool)
@@ -279,10 +229,10 @@ def segments_enter(model: Model, case: EncoderCase, reference: Reference, profil
         raise LawFailed(f"{case.name}: nothing of rows {np.flatnonzero(still).tolist()} depends on segment_ids")
 
 
-ENCODER_LAWS = (padding, unseen_tokens, positions_shift, one_by_one, batch_permutes, segments_enter)
+LAWS = (padding, unseen_tokens, positions_shift, one_by_one, batch_permutes, segments_enter)
 
 
-def _padded(case: EncoderCase, before: int, behind: int) -> EncoderCase:
+def _padded(case: Case, before: int, behind: int) -> Case:
     """Hidden tokens with ids, segments and positions of their own around every row."""
     b = len(case.token_ids)
     draw = Draw(f"{case.name}/padding/{before}/{behind}")
@@ -345,14 +295,7 @@ def layer_of(a: Arithmetic, case: Case, index: int) -> dict[str, Ball]:
     return {k.removeprefix(prefix): a.exact(w) for k, w in case.weights.items() if k.startswith(prefix)}
 
 
-def classified(a: Arithmetic, case: Case, hidden: Ball, states: list[Ball]) -> Expected:
-    """The mean of the real tokens, and the classes' logits of it."""
-    kernel, bias = (a.exact(case.weights[f"classifier.{name}"]) for name in ("kernel", "bias"))
-    embedding = pooling.masked_mean(a, hidden, case.real)
-    return Expected(head.classify(a, embedding.stored(), kernel, bias), embedding, hidden, tuple(states))
-
-
-def self_attention(a: Arithmetic, case: EncoderCase, x: Ball, w: Mapping[str, Ball]) -> Ball:
+def self_attention(a: Arithmetic, case: Case, x: Ball, w: Mapping[str, Ball]) -> Ball:
     """Softmax attention over the keys of the case, queries and keys turned by neighbouring pairs."""
     names = [f"{kind}_{name}" for name in "qkvo" for kind in "wb"]
     return attention.multi_head_attention(
@@ -417,7 +360,7 @@ ENCODER_BATCHES: dict[str, tuple[np.ndarray | None, bool, dict[str, Any], dict[s
 
 def encoder_cases(
     model: str, make: Callable[..., Any], shapes: Callable[[Any], Mapping[str, tuple[int, ...]]], **constants: Any
-) -> list[EncoderCase]:
+) -> list[Case]:
     """A case of every batch; what a batch does not change is one of the constants."""
     sizes = {"vocab_size": 29, "segments": 3, "embedding_size": 8, "hidden_size": 8, "layers": 2, "heads": 2}
     common = {**sizes, "intermediate_size": 5, "epsilon": 2.0**-40, "rotary_base": 10000.0, **constants}
@@ -426,7 +369,7 @@ def encoder_cases(
         config = make(**{**common, **changes})
         draw = Draw(f"{model}/{name}")
         weights = weights_of(draw, shapes(config), _step)
-        made.append(EncoderCase(name, config, weights, **{**batch(draw, config, mask, segments=segments), **inputs}))
+        made.append(Case(name, config, weights, **{**batch(draw, config, mask, segments=segments), **inputs}))
     return made
 
 
@@ -455,16 +398,26 @@ def segments_dropped(
     return forward(weights, token_ids, None, *arguments, config=config, **options)
 
 
-def bias_dropped(forward: Model, weights: Any, *arguments: Any, config: Any) -> Any:
-    """Logits without the classifier's bias."""
-    zero = np.zeros_like(weights["classifier.bias"])
-    return forward({**weights, "classifier.bias": zero}, *arguments, config=config)
-
-
 def weights_changed(forward: Model, name: str, value: float, weights: Any, *arguments: Any, **options: Any) -> Any:
     """All weights of this name, in every layer, replaced by a number."""
     changed = {key: np.full_like(array, value) for key, array in weights.items() if f".{key}".endswith(f".{name}")}
     return forward({**weights, **changed}, *arguments, **options)
+
+
+def tied(
+    w: Any, states: list[np.ndarray], config: Any, *, of: int = -1,
+    table: Callable[[np.ndarray], np.ndarray] = lambda table: table.T,
+) -> np.ndarray:  # fmt: skip
+    """The logits of the tied head behind vectors as wide as the table."""
+    return states[of] @ table(np.asarray(w["embedding.token"], np.float64))
+
+
+# What may be wrong in the tied head, by the arguments of `tied`.
+WRONG_TIED: dict[str, dict[str, Any]] = {
+    "table read as (in, out)": {"table": lambda table: table.reshape(table.shape[::-1])},
+    "table not tied": {"table": lambda table: Draw("untied").grid(*table.shape[::-1], exponent=-7)},
+    "logits of the layer before the last": {"of": -2},
+}
 
 
 def probabilities(forward: Model, *inputs: Any, **options: Any) -> Any:

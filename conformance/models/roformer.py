@@ -11,7 +11,7 @@ import numpy as np
 from conformance.budget import Arithmetic, Ball, affine
 from conformance.generate import Draw
 from conformance.models import _encoder
-from conformance.models._encoder import EncoderCase, ExpectedEncoder, Model
+from conformance.models._encoder import Case, Expected, Model
 from conformance.ops.norm import layer_norm
 from refimpl.models import _encoder as parts
 from refimpl.models import _heads
@@ -37,7 +37,7 @@ def model(weights: Any, *inputs: Any, config: Any, visible: str) -> tuple[np.nda
 
 
 # Reference.
-def reference(a: Arithmetic, case: EncoderCase) -> ExpectedEncoder:
+def reference(a: Arithmetic, case: Case) -> Expected:
     """The model in Balls."""
     w = {name: a.exact(array) for name, array in case.weights.items()}
 
@@ -58,11 +58,11 @@ def reference(a: Arithmetic, case: EncoderCase) -> ExpectedEncoder:
         states.append(x)
     inner = affine(x, w["mlm.transform.kernel"], w["mlm.transform.bias"]).stored()
     inner = normed(_encoder.activated(a, case, inner), w, "mlm.norm", case.config.mlm_epsilon)
-    return ExpectedEncoder(affine(inner, w["embedding.token"].transpose(1, 0), w["mlm.bias"]), tuple(states))
+    return Expected(affine(inner, w["embedding.token"].transpose(1, 0), w["mlm.bias"]), tuple(states))
 
 
 # Cases.
-def cases() -> list[EncoderCase]:
+def cases() -> list[Case]:
     """What each case is for stands in its name; the constants differ, so that none can be built in."""
 
     def shapes(config: Any) -> Any:

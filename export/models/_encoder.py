@@ -1,10 +1,10 @@
-"""What the models share around their layers, the embedding and the classifier, and what those with heads do in them."""
+"""What the models share around their layers: the embedding, who sees whom, and what Transformers do in a layer."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from export.graph import Value, arange, take
-from export.ops import activation, attention, attention_kernel, head, norm, pooling, rope
+from export.ops import activation, attention, attention_kernel, norm, rope
 
 Weights = Mapping[str, Value]
 
@@ -17,14 +17,6 @@ ACTIVATIONS: Mapping[str, Callable[[Value], Value]] = {
 }
 
 
-class Output(NamedTuple):
-    """The classes' logits, the sentence vector that they are read from, and the vectors of the tokens."""
-
-    logits: Value
-    embedding: Value
-    hidden: Value
-
-
 def embedded(weights: Weights, token_ids: Value, segment_ids: Value) -> Value:
     """The sum of a token's vector and its segment's."""
     vectors = take(weights["embedding.token"], token_ids, axis=0)
@@ -34,12 +26,6 @@ def embedded(weights: Weights, token_ids: Value, segment_ids: Value) -> Value:
 def embed(weights: Weights, token_ids: Value, segment_ids: Value, *, epsilon: float) -> Value:
     """The normalised sum of a token's vector and its segment's."""
     return norm.rms_norm(embedded(weights, token_ids, segment_ids), epsilon=epsilon)
-
-
-def classified(weights: Weights, hidden: Value, mask: Value) -> Output:
-    """The logits of the mean of the real tokens."""
-    embedding = pooling.masked_mean(hidden, mask)
-    return Output(head.classify(embedding, weights["classifier.kernel"], weights["classifier.bias"]), embedding, hidden)
 
 
 def layer_of(weights: Weights, index: int) -> dict[str, Value]:
@@ -54,18 +40,40 @@ def mapped(weights: Weights, x: Value) -> Value:
     return x if kernel is None else attention.project(x, kernel, weights.get("embedding.mapping.bias"))
 
 
+def bidirectional(mask: Value, segment_ids: Value) -> Value:
+    """Every token sees all real tokens."""
+    return attention.key_mask(mask)
+
+
+def causal(mask: Value, segment_ids: Value) -> Value:
+    """Every token sees itself and the real tokens before it: a language model."""
+    n = mask.size(-1)
+    return attention.key_mask(mask) & attention.causal_mask(n, n)
+
+
+def unilm(mask: Value, segment_ids: Value) -> Value:
+    """Segment 0 sees itself whole, segment 1 sees segment 0 and is causal: sequence to sequence in one stack."""
+    return attention.key_mask(mask) & attention.unilm_mask(segment_ids)
+
+
+VISIBLE: Mapping[str, Callable[[Value, Value], Value]] = {
+    "bidirectional": bidirectional,
+    "causal": causal,
+    "unilm": unilm,
+}
+
+
 class Context(NamedTuple):
-    """What the attention of every layer reads besides weights: who is seen, (b, 1, 1, n), positions and frequencies."""
+    """What the attention of every layer reads besides weights: who is seen, positions and frequencies."""
 
     visible: Value
     positions: Value
     frequencies: Value
 
 
-def context(mask: Value, config: Any) -> Context:
-    """Every token sees all real tokens; positions are 0, 1, 2, ... of the array."""
-    visible = attention.per_head(attention.key_mask(mask))
-    return Context(visible, arange(mask.size(1)), rope.frequencies(config.key_size, base=config.rotary_base))
+def context(seen: Value, mask: Value, config: Any) -> Context:
+    """The same keys are seen in every layer; positions are 0, 1, 2, ... of the array."""
+    return Context(seen, arange(mask.size(1)), rope.frequencies(config.key_size, base=config.rotary_base))
 
 
 def self_attention(weights: Weights, x: Value, shared: Context, config: Any) -> Value:

@@ -10,27 +10,29 @@ from typing import Any
 
 from export.graph import Value, arange
 from export.models import _encoder
-from export.models._encoder import Output, Weights
+from export.models._encoder import Weights
 from export.ops import attention_kernel, mixed_chunk_attention, norm, rope
 from refimpl.models.flash import Config
 
 
-def forward(weights: Weights, token_ids: Value, segment_ids: Value, mask: Value, *, config: Config) -> Output:
-    """Logits of a sequence classifier, the sentence vector below them and the normalised vectors of the last layer."""
+def hidden_states(
+    weights: Weights, token_ids: Value, segment_ids: Value, mask: Value, *, config: Config
+) -> list[Value]:
+    """The embedding, the output of every layer but the last, and the norm of the last one's: x_0 ... x_(L-1), y."""
     positions = arange(token_ids.size(1))
     frequencies = rope.frequencies(config.key_size, base=config.rotary_base)
     rule = _rule(config)
-    x = _encoder.embed(weights, token_ids, segment_ids, epsilon=config.epsilon)
+    states = [_encoder.embed(weights, token_ids, segment_ids, epsilon=config.epsilon)]
     for index in range(config.layers):
         w = _encoder.layer_of(weights, index)
         unit = mixed_chunk_attention.unit(
-            norm.layer_norm(x, w["norm_scale"], w["norm_bias"], epsilon=config.epsilon),
+            norm.layer_norm(states[-1], w["norm_scale"], w["norm_bias"], epsilon=config.epsilon),
             mask, None, None, positions, frequencies,
             w["w_in"], w["b_in"], w["gamma"], w["beta"], w["w_out"], w["b_out"], **rule,
         )  # fmt: skip
-        x = x + unit
+        states.append(states[-1] + unit)
     scale, bias = weights["final_norm.scale"], weights["final_norm.bias"]
-    return _encoder.classified(weights, norm.layer_norm(x, scale, bias, epsilon=config.epsilon), mask)
+    return [*states[:-1], norm.layer_norm(states[-1], scale, bias, epsilon=config.epsilon)]
 
 
 def _rule(config: Config) -> dict[str, Any]:

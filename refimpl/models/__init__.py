@@ -1,1 +1,1 @@
-"""Models made of the operators, one file each: Config, the weights' names and shapes, and the forward pass."""
+"""Encoders made of the operators, one file each (Config, shapes of the weights, hidden states), and their heads."""

@@ -1,6 +1,6 @@
-"""What the models share around their layers: checked inputs and weights, the embedding, the classifier.
+"""What the models share around their layers: checked inputs and weights, the embedding, who sees whom.
 
-    x_0 = rms_norm(E_token[ids] + E_segment[segments]),   logits = masked_mean(hidden) W + b
+    x_0 = rms_norm(E_token[ids] + E_segment[segments])
 
 Weights are named by dots, layers.0.w_in; kernels are (in, out). The same names stand in a state_dict of torchimpl.
 """
@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float, Int, Shaped
 
 from refimpl import check
 from refimpl.config import from_dict
-from refimpl.ops import activation, attention, attention_kernel, head, norm, pooling, rope
+from refimpl.ops import activation, attention, attention_kernel, norm, rope
 
 Weights = Mapping[str, np.ndarray]
 Shapes = dict[str, tuple[int, ...]]
@@ -25,14 +25,6 @@ ACTIVATIONS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "relu": activation.relu,
     "silu": activation.silu,
 }
-
-
-class Output(NamedTuple):
-    """The classes' logits, the sentence vector that they are read from, and the vectors of the tokens."""
-
-    logits: Float[np.ndarray, "*b k"]
-    embedding: Float[np.ndarray, "*b d"]
-    hidden: Float[np.ndarray, "*b n d"]
 
 
 class Inputs(NamedTuple):
@@ -56,11 +48,6 @@ def embedding_shapes(config: Any) -> Shapes:
     """One vector per token of the vocabulary and one per segment."""
     d = config.hidden_size
     return {"embedding.token": (config.vocab_size, d), "embedding.segment": (config.segments, d)}
-
-
-def classifier_shapes(config: Any) -> Shapes:
-    """One column per class."""
-    return {"classifier.kernel": (config.hidden_size, config.labels), "classifier.bias": (config.labels,)}
 
 
 def layered(shapes: Shapes, layers: int) -> Iterator[tuple[str, tuple[int, ...]]]:
@@ -124,12 +111,6 @@ def embed(weights: Weights, inputs: Inputs, *, epsilon: float) -> Float[np.ndarr
     """The normalised sum of a token's vector and its segment's."""
     vectors = weights["embedding.token"][inputs.token_ids] + weights["embedding.segment"][inputs.segment_ids]
     return norm.rms_norm(vectors, epsilon=epsilon)
-
-
-def classified(weights: Weights, hidden: Float[np.ndarray, "*b n d"], mask: Bool[np.ndarray, "*b n"]) -> Output:
-    """The logits of the mean of the real tokens."""
-    embedding = pooling.masked_mean(hidden, mask)
-    return Output(head.classify(embedding, weights["classifier.kernel"], weights["classifier.bias"]), embedding, hidden)
 
 
 def check_sizes(config: Any, *names: str) -> None:
@@ -207,6 +188,13 @@ def causal(mask: Shaped[np.ndarray, "..."], segment_ids: Shaped[np.ndarray, "...
 def unilm(mask: Shaped[np.ndarray, "..."], segment_ids: Shaped[np.ndarray, "..."]) -> Bool[np.ndarray, "*b n n"]:
     """Segment 0 sees itself whole, segment 1 sees segment 0 and is causal: sequence to sequence in one stack."""
     return attention.key_mask(mask) & attention.unilm_mask(segment_ids)
+
+
+VISIBLE: Mapping[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
+    "bidirectional": bidirectional,
+    "causal": causal,
+    "unilm": unilm,
+}
 
 
 def mask_from_ids_bert4keras(token_ids: Shaped[np.ndarray, "..."]) -> Bool[np.ndarray, "*b n"]:

@@ -8,26 +8,33 @@ Source: arXiv:1810.04805 (masked language model, pooler, next sentence); https:/
 A head is a frozen dataclass of its sizes, whose shapes(config) names its weights; `config` is that of any encoder. Its
 functions take the head's weights and no others: _encoder.part splits a mapping that holds the encoder's too. Functions
 that may replace each other share one signature. A causal language model is a masked one, read from the hidden states
-of _encoder.causal or unilm: the head is the same.
+of _encoder.causal or unilm: the head is the same. `outputs` names what a head gives in a whole model, refimpl.model.
 """
 
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 from jaxtyping import Float, Shaped
 
 from refimpl import check
+from refimpl.config import check_types
 from refimpl.models import _encoder
 from refimpl.models._encoder import Shapes, Weights
 from refimpl.ops import attention, norm, pooling
 from refimpl.ops import head as spans
 
+# How a sentence vector is made of hidden states, or taken from the head Pooler.
+Pooling = Literal["first_token", "mean_of_tokens", "first_last_average", "pooler"]
+
 
 @dataclass(frozen=True)
 class TransformedLM:
     """The masked-language head of RoFormer: a dense layer, its norm, the tied token table and a bias per token."""
+
+    outputs: ClassVar[tuple[str, ...]] = ("mlm_logits",)
 
     def shapes(self, config: Any) -> Shapes:
         """Names and shapes; the token table is the encoder's."""
@@ -45,6 +52,8 @@ class TransformedLM:
 class TiedLM:
     """The masked-language head of RoFormerV2 and GAU-α: the tied token table, behind a matrix where widths differ."""
 
+    outputs: ClassVar[tuple[str, ...]] = ("mlm_logits",)
+
     def shapes(self, config: Any) -> Shapes:
         """Names and shapes, none for equal widths; the token table is the encoder's."""
         e, d = _encoder.table_width(config), config.hidden_size
@@ -53,7 +62,14 @@ class TiedLM:
 
 @dataclass(frozen=True)
 class Pooler:
-    """A dense layer on the first token."""
+    """A dense layer on the first token, behind tanh as in BERT or as it is."""
+
+    outputs: ClassVar[tuple[str, ...]] = ("pooled",)
+
+    activation: Literal["tanh", "linear"]
+
+    def __post_init__(self) -> None:
+        check_types(self, "heads.Pooler")
 
     def shapes(self, config: Any) -> Shapes:
         """Names and shapes."""
@@ -65,6 +81,8 @@ class Pooler:
 class NextSentence:
     """Two classes: the second sentence follows the first, or it does not."""
 
+    outputs: ClassVar[tuple[str, ...]] = ("next_sentence_logits",)
+
     def shapes(self, config: Any) -> Shapes:
         """Names and shapes; bert4keras stores the kernel transposed, (2, hidden_size)."""
         return {"next_sentence.kernel": (config.hidden_size, 2), "next_sentence.bias": (2,)}
@@ -72,11 +90,15 @@ class NextSentence:
 
 @dataclass(frozen=True)
 class SequenceClassifier:
-    """One logit per class from a sentence vector; gau_alpha and flash hold these weights themselves."""
+    """One logit per class from a sentence vector, which is given too."""
+
+    outputs: ClassVar[tuple[str, ...]] = ("logits", "embedding")
 
     labels: int
+    pooling: Pooling
 
     def __post_init__(self) -> None:
+        check_types(self, "heads.SequenceClassifier")
         _check_sizes(self, "labels")
 
     def shapes(self, config: Any) -> Shapes:
@@ -85,8 +107,31 @@ class SequenceClassifier:
 
 
 @dataclass(frozen=True)
+class SentenceEmbedding:
+    """A sentence vector and nothing else: a head without weights."""
+
+    outputs: ClassVar[tuple[str, ...]] = ("embedding",)
+
+    pooling: Pooling
+
+    def __post_init__(self) -> None:
+        check_types(self, "heads.SentenceEmbedding")
+
+    def shapes(self, config: Any) -> Shapes:
+        """No weights; those of the pooler are its own."""
+        return {}
+
+
+@dataclass(frozen=True)
 class MultipleChoice:
     """One score per choice, from the sentence vector of the question with that choice."""
+
+    outputs: ClassVar[tuple[str, ...]] = ("choice_logits",)
+
+    pooling: Pooling
+
+    def __post_init__(self) -> None:
+        check_types(self, "heads.MultipleChoice")
 
     def shapes(self, config: Any) -> Shapes:
         """Names and shapes."""
@@ -97,12 +142,14 @@ class MultipleChoice:
 class EntityPointer:
     """GlobalPointer: a query and a key of `size` features for each of `types` kinds of spans."""
 
+    outputs: ClassVar[tuple[str, ...]] = ("entity_scores",)
+
     types: int
     size: int
     rotary_base: float
 
     def __post_init__(self) -> None:
-        _check_sizes(self, "types", "size")
+        _check_pointer(self, "types", "size")
 
     def shapes(self, config: Any) -> Shapes:
         """Names and shapes; the columns are query and key of type 0, query and key of type 1, ..."""
@@ -114,12 +161,14 @@ class EntityPointer:
 class EfficientEntityPointer:
     """Efficient GlobalPointer: one query and key of `size` features, and a start and an end term per type."""
 
+    outputs: ClassVar[tuple[str, ...]] = ("entity_scores",)
+
     types: int
     size: int
     rotary_base: float
 
     def __post_init__(self) -> None:
-        _check_sizes(self, "types", "size")
+        _check_pointer(self, "types", "size")
 
     def shapes(self, config: Any) -> Shapes:
         """Names and shapes; even columns are the query's and the end's, odd ones the key's and the start's."""
@@ -136,15 +185,32 @@ class EfficientEntityPointer:
 class SpanPointer:
     """GlobalPointer of one type and without a bias: the answer in a text that is read."""
 
+    outputs: ClassVar[tuple[str, ...]] = ("span_scores",)
+
     size: int
     rotary_base: float
 
     def __post_init__(self) -> None:
-        _check_sizes(self, "size")
+        _check_pointer(self, "size")
 
     def shapes(self, config: Any) -> Shapes:
         """Names and shapes; the first half of the columns is the query's."""
         return {"span.kernel": (config.hidden_size, 2 * self.size)}
+
+
+def name_of(head: Any) -> str:
+    """The name of a head, or of its class, in files: SequenceClassifier is sequence_classifier."""
+    kind = head if isinstance(head, type) else type(head)
+    return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", kind.__name__).lower()
+
+
+HEADS: Mapping[str, type] = {
+    name_of(kind): kind
+    for kind in (
+        TransformedLM, TiedLM, Pooler, NextSentence, SequenceClassifier, SentenceEmbedding, MultipleChoice,
+        EntityPointer, EfficientEntityPointer, SpanPointer,
+    )
+}  # fmt: skip
 
 
 def masked_lm_transform(
@@ -206,7 +272,7 @@ def pooler_tanh(weights: Weights, hidden: Shaped[np.ndarray, "..."], *, config: 
     Raises: as pooling.pooler_tanh; ShapeError for other weights than Pooler's.
     Differs: bert4keras has no pooler on RoFormerV2 and GAU-α.
     """
-    w = _checked("heads.pooler_tanh", weights, Pooler(), config)
+    w = _checked("heads.pooler_tanh", weights, Pooler("tanh"), config)
     return pooling.pooler_tanh(hidden, w["pooler.kernel"], w["pooler.bias"])
 
 
@@ -215,7 +281,7 @@ def pooler_linear(weights: Weights, hidden: Shaped[np.ndarray, "..."], *, config
 
     Raises: as pooling.pooler_linear; ShapeError for other weights than Pooler's.
     """
-    w = _checked("heads.pooler_linear", weights, Pooler(), config)
+    w = _checked("heads.pooler_linear", weights, Pooler("linear"), config)
     return pooling.pooler_linear(hidden, w["pooler.kernel"], w["pooler.bias"])
 
 
@@ -263,6 +329,13 @@ def first_last_average(
     return pooling.first_last_average(states[1], states[-1], mask)
 
 
+POOLINGS: Mapping[str, Callable[..., np.ndarray]] = {
+    "first_token": first_token,
+    "mean_of_tokens": mean_of_tokens,
+    "first_last_average": first_last_average,
+}
+
+
 def sequence_classifier(
     weights: Weights, sentence: Shaped[np.ndarray, "..."], *, head: SequenceClassifier, config: Any
 ) -> Float[np.ndarray, "*b k"]:
@@ -282,7 +355,8 @@ def multiple_choice(
     C1. The encoder must read every choice by itself: the choices are an axis before the tokens, (..., k, n).
     Raises: as head.choose; ShapeError for other weights than the head's.
     """
-    w = _checked("heads.multiple_choice", weights, MultipleChoice(), config)
+    # Its weights do not depend on the pooling.
+    w = _checked("heads.multiple_choice", weights, MultipleChoice("first_token"), config)
     return spans.choose(sentence, w["choice.kernel"], w["choice.bias"], choices)
 
 
@@ -379,4 +453,12 @@ def _check_states(operation: str, states: Sequence[np.ndarray], least: int) -> N
 def _check_sizes(head: Any, *names: str) -> None:
     for name in names:
         size = getattr(head, name)
-        check.domain(f"heads.{type(head).__name__}", type(size) is int and size >= 1, f"{name} >= 1", **{name: size})
+        check.domain(f"heads.{type(head).__name__}", size >= 1, f"{name} >= 1", **{name: size})
+
+
+def _check_pointer(head: Any, *names: str) -> None:
+    operation = f"heads.{type(head).__name__}"
+    check_types(head, operation)
+    _check_sizes(head, *names)
+    check.domain(operation, head.size % 2 == 0, "an even size", size=head.size)
+    check.domain(operation, head.rotary_base > 0, "rotary_base > 0", rotary_base=head.rotary_base)

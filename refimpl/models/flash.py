@@ -1,10 +1,10 @@
 """FLASH with mixed chunks: pre-norm units that attend inside chunks quadratically and between them linearly.
 
-    x_0 = rms_norm(E_token + E_segment),   x_(l+1) = x_l + unit_l(layer_norm_l(x_l)),   hidden = layer_norm(x_L)
-    logits = masked_mean(hidden) W + b
+    x_0 = rms_norm(E_token + E_segment),   x_(l+1) = x_l + unit_l(layer_norm_l(x_l)),   y = layer_norm(x_L)
 
 Source: Hua et al., Transformer Quality in Linear Time, arXiv:2202.10447; https://kexue.fm/archives/8934. The unit is
-mixed_chunk_attention.unit. The embedding is that of GAU-α, so that the residual stream starts at unit scale.
+mixed_chunk_attention.unit. The embedding is that of GAU-α, so that the residual stream starts at unit scale. What
+stands on y is in _heads.
 """
 
 import math
@@ -19,7 +19,7 @@ from jaxtyping import Float, Shaped
 from refimpl import check
 from refimpl.config import check_types
 from refimpl.models import _encoder
-from refimpl.models._encoder import Output, Shapes, Weights
+from refimpl.models._encoder import Shapes, Weights
 from refimpl.ops import attention_kernel, mixed_chunk_attention, norm, rope
 
 # For each way of reading, the normalisers that were written for the other one.
@@ -52,11 +52,10 @@ class Config:
     rotary_base: float
     # Of every norm.
     epsilon: float
-    labels: int
 
     def __post_init__(self) -> None:
         check_types(self)
-        sizes = ("vocab_size", "hidden_size", "layers", "expanded_size", "key_size", "segments", "chunk", "labels")
+        sizes = ("vocab_size", "hidden_size", "layers", "expanded_size", "key_size", "segments", "chunk")
         _encoder.check_sizes(self, *sizes)
         _encoder.check_numerics(self)
         other = _FOR_THE_OTHER[self.mix]
@@ -91,17 +90,17 @@ def layer_shapes(config: Config) -> Shapes:
 
 
 def shapes(config: Config) -> Shapes:
-    """The name and shape of every weight; kernels are (in, out)."""
+    """The name and shape of every weight of the encoder; kernels are (in, out)."""
     d = config.hidden_size
     layers = _encoder.layered(layer_shapes(config), config.layers)
     last = {"final_norm.scale": (d,), "final_norm.bias": (d,)}
-    return {**_encoder.embedding_shapes(config), **dict(layers), **last, **_encoder.classifier_shapes(config)}
+    return {**_encoder.embedding_shapes(config), **dict(layers), **last}
 
 
 def parameters(config: Config) -> int:
     """How many numbers the weights hold.
 
-    (vocab_size + segments + 2) d + layers (d (3e + s) + 3d + 2e + 9s) + (d + 1) labels
+    (vocab_size + segments + 2) d + layers (d (3e + s) + 3d + 2e + 9s)
     """
     return _encoder.count(shapes(config))
 
@@ -111,52 +110,32 @@ def hidden_states(
     token_ids: Shaped[np.ndarray, "..."],
     segment_ids: Shaped[np.ndarray, "..."] | None = None,
     mask: Shaped[np.ndarray, "..."] | None = None,
+    positions: Shaped[np.ndarray, "..."] | None = None,
     *,
     config: Config,
 ) -> list[Float[np.ndarray, "*b n d"]]:
-    """The embedding, then the output of every layer before the last norm: x_0 ... x_L.
+    """The embedding, the output of every layer but the last, and the norm of the last one's: x_0 ... x_(L-1), y.
 
-    C1. The norm must act on what enters the unit; the residual path must not be normalised.
-    C2. Padded keys (mask False) must have no part in chunks and sums. Chunks and positions are those of the array.
-    Raises: ShapeError and DomainError as `forward`.
-    """
-    operation = "flash.hidden_states"
-    weights = _encoder.checked_weights(operation, weights, shapes(config))
-    inputs = _encoder.checked_inputs(operation, token_ids, segment_ids, mask, config)
-    return _states(weights, inputs, config)
-
-
-def forward(
-    weights: Weights,
-    token_ids: Shaped[np.ndarray, "..."],
-    segment_ids: Shaped[np.ndarray, "..."] | None = None,
-    mask: Shaped[np.ndarray, "..."] | None = None,
-    *,
-    config: Config,
-) -> Output:
-    """Logits of a sequence classifier, the sentence vector below them and the normalised vectors of the last layer.
-
-    C1. One more layer norm must stand after the last layer, and the sentence vector be the mean of the real tokens.
-    C2. Without segment_ids every token must be of segment 0; without a mask every token must be real, id 0 too.
-    C3. With the normaliser `visible`, appending padding must change nothing on real tokens; with `su`, `paper` and
+    C1. The norm of a layer must act on what enters its unit; the residual path must not be normalised.
+    C2. One more layer norm must stand behind the last layer. x_L itself is not among the states: what heads read is
+        the last of them, as in every model.
+    C3. Padded keys (mask False) must have no part in chunks and sums. Chunks are those of the array, so padding on the
+        left moves their borders; who sees whom is told by `mix`.
+    C4. Queries and keys must be rotated at `positions`, 0, 1, 2, ... of the array where none are given.
+    C5. Without segment_ids every token must be of segment 0; without a mask every token must be real, id 0 too.
+    C6. With the normaliser `visible`, appending padding must change nothing on real tokens; with `su`, `paper` and
         `lucidrains` read bidirectionally it does, since they count padded tokens.
     Raises: ShapeError for weights or inputs that do not fit; DomainError for ids out of range, a mask that is not
-        boolean, and weights that are NaN or infinite.
+        boolean, positions that are no integers, and weights that are NaN or infinite.
     Precision: float64 throughout. The residual stream grows with the layers, the last norm divides by it.
     Source: as the module. segment_ids choose embeddings; they are no borders of packed documents.
     Differs: the paper adds scaled sinusoids to the embedding and a relative bias to the scores; FLASH-pytorch shifts
         half of the features by one token, and rotates 32 features only.
     """
-    operation = "flash.forward"
+    operation = "flash.hidden_states"
     weights = _encoder.checked_weights(operation, weights, shapes(config))
     inputs = _encoder.checked_inputs(operation, token_ids, segment_ids, mask, config)
-    last = _states(weights, inputs, config)[-1]
-    scale, bias = weights["final_norm.scale"], weights["final_norm.bias"]
-    return _encoder.classified(weights, norm.layer_norm(last, scale, bias, epsilon=config.epsilon), inputs.mask)
-
-
-def _states(weights: Weights, inputs: _encoder.Inputs, config: Config) -> list[np.ndarray]:
-    positions = np.arange(inputs.token_ids.shape[-1])
+    positions = _encoder.checked_positions(operation, positions, inputs)
     frequencies = rope.frequencies(config.key_size, base=config.rotary_base)
     rule = _rule(config)
     states = [_encoder.embed(weights, inputs, epsilon=config.epsilon)]
@@ -168,7 +147,8 @@ def _states(weights: Weights, inputs: _encoder.Inputs, config: Config) -> list[n
             w["w_in"], w["b_in"], w["gamma"], w["beta"], w["w_out"], w["b_out"], **rule,
         )  # fmt: skip
         states.append(states[-1] + unit)
-    return states
+    scale, bias = weights["final_norm.scale"], weights["final_norm.bias"]
+    return [*states[:-1], norm.layer_norm(states[-1], scale, bias, epsilon=config.epsilon)]
 
 
 def _rule(config: Config) -> dict[str, Any]:

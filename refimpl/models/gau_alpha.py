@@ -1,28 +1,47 @@
-"""GAU-α: gated attention units in a row, one root-mean-square norm after each, and no bias in the encoder.
+"""GAU-α: gated attention units in a row, one root-mean-square norm after each, and no bias.
 
-    x_0 = rms_norm(E_token + E_segment),   x_(l+1) = rms_norm(x_l + unit_l(x_l)),   logits = masked_mean(x_L) W + b
+    x_0 = rms_norm(E_token + E_segment),   x_(l+1) = rms_norm(x_l + unit_l(x_l))
 
 Source: https://kexue.fm/archives/9052, ZhuiyiTechnology/GAU-alpha. The unit is gau.unit with softmax_plus and the
-interleaved rotation; gamma is its only vector.
+interleaved rotation; gamma is its only vector. What stands on x_L is in _heads; the release has the head TiedLM.
 """
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 from jaxtyping import Float, Shaped
 
 from refimpl.config import check_types
 from refimpl.models import _encoder
-from refimpl.models._encoder import Output, Shapes, Weights
-from refimpl.ops import attention, gau, rope
+from refimpl.models._encoder import Shapes, Weights
+from refimpl.ops import gau, rope
 from refimpl.ops.attention_kernel import softmax_plus
+
+# The epsilon of every norm and the floor of softmax_plus. The model was released with bert4keras 0.11.3; 0.11.4 changed
+# the one, 0.11.5 the other.
+DIALECTS: Mapping[str, Mapping[str, Any]] = {
+    name: {"epsilon": epsilon, "n_min": n_min, "rotary_base": 10000.0}
+    for name, epsilon, n_min in (
+        ("bert4keras-0.11.3", 1e-12, 1),
+        ("bert4keras-0.11.4", 1e-7, 1),
+        ("bert4keras-0.11.5", 1e-7, 16),
+        ("junnyu", 1e-12, 1),
+    )
+}
+# The published model.
+SIZES: Mapping[str, Mapping[str, int]] = {
+    "base": {
+        "vocab_size": 12000, "segments": 2, "hidden_size": 768, "layers": 24, "expanded_size": 1536, "key_size": 128,
+    },
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Config:
-    """Sizes and constants. None has a default: the released model and its ports differ in epsilon and n_min."""
+    """Sizes and constants. None has a default: `dialect` fills the constants by the name of an implementation."""
 
     model: ClassVar[str] = "gau_alpha"
 
@@ -34,19 +53,31 @@ class Config:
     key_size: int
     # Kinds of segments, of which a pair of sentences has two.
     segments: int
-    # The floor of softmax_plus: 1 at the release, 16 in bert4keras today.
+    # The floor of softmax_plus.
     n_min: int
-    # 1e-12 at the release, 1e-7 in bert4keras today.
     epsilon: float
     rotary_base: float
-    # Classes of the sequence classifier.
-    labels: int
 
     def __post_init__(self) -> None:
         check_types(self)
-        sizes = ("vocab_size", "hidden_size", "layers", "expanded_size", "key_size", "segments", "n_min", "labels")
+        sizes = ("vocab_size", "hidden_size", "layers", "expanded_size", "key_size", "segments", "n_min")
         _encoder.check_sizes(self, *sizes)
         _encoder.check_numerics(self)
+
+
+def dialect(name: str, **sizes: int) -> Config:
+    """The configuration of these sizes with the constants of one implementation, a key of DIALECTS.
+
+    dialect("bert4keras-0.11.5", **SIZES["base"])
+
+    C1. Nothing may be guessed: a name that is not listed must be refused.
+    Raises: DomainError for another name, for a constant among the sizes, and as Config.
+    Differs: where a token sees one key, bert4keras 0.11.3 attends to all tokens alike, padding among them, since ln 1
+        multiplies its mask too; where it sees none, JunnYu does so, who puts -1e4 in the place of hidden scores. Here
+        the one key has the weight 1, and nothing is attended to where none is seen. bert4keras had n_min 2 for five
+        days, in no release.
+    """
+    return _encoder.from_dialect("gau_alpha", DIALECTS, name, sizes)
 
 
 def layer_shapes(config: Config) -> Shapes:
@@ -56,13 +87,12 @@ def layer_shapes(config: Config) -> Shapes:
 
 
 def shapes(config: Config) -> Shapes:
-    """The name and shape of every weight; kernels are (in, out)."""
-    layers = _encoder.layered(layer_shapes(config), config.layers)
-    return {**_encoder.embedding_shapes(config), **dict(layers), **_encoder.classifier_shapes(config)}
+    """The name and shape of every weight of the encoder; kernels are (in, out)."""
+    return {**_encoder.embedding_shapes(config), **dict(_encoder.layered(layer_shapes(config), config.layers))}
 
 
 def parameters(config: Config) -> int:
-    """How many numbers the weights hold: (vocab_size + segments) d + layers (d (3e + s) + 2s) + (d + 1) labels."""
+    """How many numbers the weights hold: (vocab_size + segments) d + layers (d (3e + s) + 2s)."""
     return _encoder.count(shapes(config))
 
 
@@ -71,56 +101,37 @@ def hidden_states(
     token_ids: Shaped[np.ndarray, "..."],
     segment_ids: Shaped[np.ndarray, "..."] | None = None,
     mask: Shaped[np.ndarray, "..."] | None = None,
+    positions: Shaped[np.ndarray, "..."] | None = None,
     *,
     config: Config,
+    visible: Callable[[np.ndarray, np.ndarray], np.ndarray] = _encoder.bidirectional,
 ) -> list[Float[np.ndarray, "*b n d"]]:
     """The embedding, then the output of every layer: x_0 ... x_L.
 
-    C1. Padded keys (mask False) must be hidden from every query, and not be counted by softmax_plus.
-    C2. Queries and keys of every layer must be rotated at the positions 0, 1, 2, ... of the array. Only differences
-        enter, so padding on the left needs no other positions.
-    Raises: ShapeError and DomainError as `forward`.
+    C1. Keys that `visible`, one of _encoder's bidirectional, causal and unilm, hides must have no part in any query,
+        and softmax_plus must count the visible keys of each query. Vectors of padded tokens are defined too.
+    C2. Queries and keys of every layer must be rotated at `positions`. Without positions they are 0, 1, 2, ... of the
+        array. Only differences enter, so padding may stand on either side.
+    C3. Without segment_ids every token must be of segment 0; without a mask every token must be real, id 0 too.
+    C4. No norm must stand behind that of the last layer.
+    Raises: ShapeError for weights or inputs that do not fit; DomainError for ids out of range, a mask that is not
+        boolean, positions that are no integers, and weights that are NaN or infinite.
+    Precision: float64 throughout; errors of a layer are divided by its norm and handed on.
+    Source: as the module.
+    Differs: bert4keras hides id 0 unless told otherwise (_encoder.mask_from_ids_bert4keras). See `dialect`.
     """
     operation = "gau_alpha.hidden_states"
     weights = _encoder.checked_weights(operation, weights, shapes(config))
     inputs = _encoder.checked_inputs(operation, token_ids, segment_ids, mask, config)
-    return _states(weights, inputs, config)
-
-
-def forward(
-    weights: Weights,
-    token_ids: Shaped[np.ndarray, "..."],
-    segment_ids: Shaped[np.ndarray, "..."] | None = None,
-    mask: Shaped[np.ndarray, "..."] | None = None,
-    *,
-    config: Config,
-) -> Output:
-    """Logits of a sequence classifier, the sentence vector below them and the last layer's vectors.
-
-    C1. The sentence vector must be the mean of the real tokens of x_L. No norm stands between x_L and the mean.
-    C2. Without segment_ids every token must be of segment 0; without a mask every token must be real, id 0 too.
-    Raises: ShapeError for weights or inputs that do not fit; DomainError for ids out of range, a mask that is not
-        boolean, and weights that are NaN or infinite.
-    Precision: float64 throughout; errors of a layer are divided by its norm and handed on.
-    Source: as the module.
-    Differs: bert4keras takes id 0 for padding when it is given no mask, and hides it.
-    """
-    operation = "gau_alpha.forward"
-    weights = _encoder.checked_weights(operation, weights, shapes(config))
-    inputs = _encoder.checked_inputs(operation, token_ids, segment_ids, mask, config)
-    return _encoder.classified(weights, _states(weights, inputs, config)[-1], inputs.mask)
-
-
-def _states(weights: Weights, inputs: _encoder.Inputs, config: Config) -> list[np.ndarray]:
-    visible = attention.key_mask(inputs.mask)
-    positions = np.arange(inputs.token_ids.shape[-1])
+    positions = _encoder.checked_positions(operation, positions, inputs)
+    keys = visible(inputs.mask, inputs.segment_ids)
     frequencies = rope.frequencies(config.key_size, base=config.rotary_base)
     kernel = partial(softmax_plus, n_min=config.n_min)
     states = [_encoder.embed(weights, inputs, epsilon=config.epsilon)]
     for index in range(config.layers):
         w = _encoder.layer_of(weights, index)
         x = gau.block_post_norm(
-            states[-1], visible, None, positions, frequencies,
+            states[-1], keys, None, positions, frequencies,
             w["w_in"], None, w["gamma_q"], None, w["gamma_k"], None, w["w_out"], None,
             rotate=rope.rotate_interleaved, kernel=kernel, epsilon=config.epsilon,
         )  # fmt: skip

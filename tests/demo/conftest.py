@@ -11,7 +11,7 @@ from rich.console import Console
 from demo import classifiers, digits, plots, run, stage
 
 MODELS = tuple(
-    replace(whole.shortened(epochs), config=replace(whole.config, layers=1))
+    replace(whole.shortened(epochs), model=replace(whole.model, config=replace(whole.model.config, layers=1)))
     for whole, epochs in ((classifiers.GAU, 2), (classifiers.FLASH, 1))
 )
 # More than answers in one batch.

@@ -3,6 +3,7 @@
 import re
 import shutil
 from contextlib import contextmanager
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -14,7 +15,6 @@ from demo import classifiers, command, digits, judging, run, stage
 from demo.stage import StageError
 from demo.terminal import Bars
 from export.parity import ParityError
-from refimpl import config as configuration
 from tests.demo.conftest import MODELS
 from torchimpl import checkpoint
 from torchimpl.train import TrainError
@@ -105,7 +105,7 @@ def test_nothing_unfinished_is_left(whole):
     assert not [name for name in names if name.startswith(".") or ".part" in name or name.endswith(".tmp")]
     for classifier in MODELS:
         for part in ("trained", "exported", "served", "read"):
-            assert (whole.out / classifier.config.model / part / "stage.json").is_file()
+            assert (whole.out / classifier.model.config.model / part / "stage.json").is_file()
 
 
 @pytest.fixture
@@ -150,7 +150,7 @@ def test_a_configuration_that_leaves_the_weights_alone_is_exported_and_served_an
     assert exported.taken_up
     assert classifiers.serve(copy, told, exported, data).taken_up
     held = checkpoint.load(trained / "model")
-    other = configuration.from_dict(configuration.to_dict(held.config) | {"n_min": 2})
+    other = replace(held.model, config=replace(held.model.config, n_min=2))
     checkpoint.save(trained / "model", other, held.weights)
     assert checkpoint.load(trained / "model").sha256 == held.sha256
     exported = classifiers.export(copy, told)

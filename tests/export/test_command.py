@@ -11,8 +11,10 @@ import numpy as np
 import pytest
 
 from refimpl import cli
+from refimpl import model as specification
 from refimpl.check import DomainError
 from refimpl.models import gau_alpha
+from refimpl.models._heads import SequenceClassifier
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
@@ -24,18 +26,19 @@ command, model, parity, checkpoint = map(importlib.import_module, MODULES)
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = gau_alpha.Config(
-    vocab_size=11, segments=3, labels=5, hidden_size=7, layers=2, expanded_size=13, key_size=4, rotary_base=10000.0,
+    vocab_size=11, segments=3, hidden_size=7, layers=2, expanded_size=13, key_size=4, rotary_base=10000.0,
     n_min=1, epsilon=1e-12,
 )  # fmt: skip
+MODEL = specification.Model(CONFIG, (SequenceClassifier(labels=5, pooling="mean_of_tokens"),), "bidirectional")
 PLAIN = {"COLUMNS": "100", "TERM": "dumb", "NO_COLOR": "1", "FORCE_COLOR": None}
 
 
 @pytest.fixture
 def folder(tmp_path):
     drawn = np.random.default_rng(0)
-    shapes = gau_alpha.shapes(CONFIG)
+    shapes = specification.shapes(MODEL)
     weights = {name: torch.from_numpy(drawn.normal(size=shape).astype(np.float32)) for name, shape in shapes.items()}
-    checkpoint.save(tmp_path / "gau", CONFIG, weights)
+    checkpoint.save(tmp_path / "gau", MODEL, weights)
     return tmp_path / "gau"
 
 
@@ -134,7 +137,7 @@ def test_what_cannot_be_done_is_one_line_and_status_2(folder, monkeypatch, case)
 
 
 def test_a_graph_that_leaves_its_bound_is_one_line_status_1_and_no_file(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(parity, "BOUNDS", {"float64": 1e-20, "float32": 1.0})
+    monkeypatch.setattr(parity, "BOUNDS", {"float64": 1e-20, "float32": 1e-2})
     monkeypatch.setattr(parity, "MARGIN", 0)
     done = export(folder, tmp_path / "new" / "a.onnx")
     assert (done.exit_code, done.stdout) == (1, "")
@@ -177,7 +180,7 @@ def test_the_installed_command(folder, tmp_path):
     done = run(folder, tmp_path / "a.onnx")
     assert (done.returncode, done.stderr) == (0, "")
     assert len(done.stdout.splitlines()) == 3
-    assert metadata(tmp_path / "a.onnx")["format"] == "1"
+    assert metadata(tmp_path / "a.onnx")["format"] == "2"
     done = run(tmp_path, tmp_path / "b.onnx")
     assert (done.returncode, done.stdout) == (2, "")
     assert re.fullmatch("refimpl: checkpoint: .* is no model folder: it has no manifest.json\n", done.stderr)

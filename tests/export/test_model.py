@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 
 import refimpl
-from refimpl import config as configuration
-from refimpl.models import flash, gau_alpha, roformer_v2
+from refimpl import model as specification
+from refimpl.model import Model
+from refimpl.models import _heads, flash, gau_alpha, roformer, roformer_v2
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -26,19 +27,47 @@ model, parity, checkpoint, graph_of_gau = map(importlib.import_module, MODULES)
 
 ROOT = Path(__file__).resolve().parents[2]
 SIZES = {
-    "vocab_size": 11, "segments": 3, "labels": 5, "hidden_size": 7, "layers": 2, "expanded_size": 13, "key_size": 4,
+    "vocab_size": 11, "segments": 3, "hidden_size": 7, "layers": 2, "expanded_size": 13, "key_size": 4,
     "rotary_base": 10000.0,
 }  # fmt: skip
-GAU = gau_alpha.Config(**SIZES, n_min=1, epsilon=1e-12)
-BIDIRECTIONAL = flash.Config(
-    **SIZES, chunk=3, mix="bidirectional", kernel="laplace", divisor="chunk", normaliser="visible", rows="paper",
-    rotation="half_split", epsilon=1e-6,
+CLASSES = (_heads.SequenceClassifier(labels=5, pooling="mean_of_tokens"),)
+TASKS = (
+    _heads.EntityPointer(types=2, size=4, rotary_base=100.0), _heads.NextSentence(), _heads.Pooler("tanh"),
+    _heads.SentenceEmbedding("first_last_average"), _heads.SpanPointer(size=2, rotary_base=100.0),
 )  # fmt: skip
-CAUSAL = flash.Config(
-    **SIZES, chunk=17, mix="causal", kernel="squared_relu", divisor="root_key_size", normaliser="su",
-    rows="lucidrains", rotation="interleaved", epsilon=1e-5,
+CHOICES = (
+    _heads.EfficientEntityPointer(types=2, size=4, rotary_base=100.0), _heads.MultipleChoice("first_token"),
+    _heads.TiedLM(), _heads.SequenceClassifier(labels=5, pooling="pooler"), _heads.Pooler("linear"),
 )  # fmt: skip
-CONFIGS = {"gau": GAU, "bidirectional": BIDIRECTIONAL, "causal": CAUSAL}
+TRANSFORMER = {
+    "vocab_size": 11, "segments": 2, "embedding_size": 6, "hidden_size": 12, "layers": 2, "heads": 3,
+    "intermediate_size": 5,
+}  # fmt: skip
+GAU = Model(gau_alpha.Config(**SIZES, n_min=1, epsilon=1e-12), CLASSES, "bidirectional")
+BIDIRECTIONAL = Model(
+    flash.Config(
+        **SIZES, chunk=3, mix="bidirectional", kernel="laplace", divisor="chunk", normaliser="visible", rows="paper",
+        rotation="half_split", epsilon=1e-6,
+    ),
+    CLASSES, "bidirectional",
+)  # fmt: skip
+CAUSAL = Model(
+    flash.Config(
+        **SIZES, chunk=17, mix="causal", kernel="squared_relu", divisor="root_key_size", normaliser="su",
+        rows="lucidrains", rotation="interleaved", epsilon=1e-5,
+    ),
+    CHOICES, "causal",
+)  # fmt: skip
+MODELS = {
+    "gau": GAU,
+    "gau unilm": Model(gau_alpha.Config(**{**SIZES, "segments": 2}, n_min=16, epsilon=1e-7), TASKS, "unilm"),
+    "bidirectional": BIDIRECTIONAL,
+    "causal": CAUSAL,
+    "roformer": Model(
+        roformer.dialect("bert4keras-0.11.5", **TRANSFORMER), (*TASKS, _heads.TransformedLM()), "bidirectional"
+    ),
+    "roformer_v2": Model(roformer_v2.dialect("bert4keras-0.11.5", **TRANSFORMER), CHOICES, "causal"),
+}
 
 # The model, opset, dtype and inline of a file.
 FILES = [
@@ -49,24 +78,28 @@ FILES = [
     ("bidirectional", 23, "float64", True),
     ("causal", 23, "float32", False),
     ("causal", 20, "float64", True),
+    ("gau unilm", 23, "float32", False),
+    ("roformer", 23, "float32", False),
+    ("roformer", 20, "float32", True),
+    ("roformer_v2", 23, "float32", False),
 ]
 
 
-def weights(config):
+def weights(whole):
     drawn = np.random.default_rng(0)
-    shapes = importlib.import_module(f"refimpl.models.{config.model}").shapes(config)
+    shapes = specification.shapes(whole)
     return {name: drawn.normal(size=shape).astype(np.float32) / 2 for name, shape in shapes.items()}
 
 
-def save(folder, config):
-    checkpoint.save(folder, config, {name: torch.from_numpy(array) for name, array in weights(config).items()})
+def save(folder, whole):
+    checkpoint.save(folder, whole, {name: torch.from_numpy(array) for name, array in weights(whole).items()})
     return folder
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     place = tmp_path_factory.mktemp("models")
-    return {name: save(place / name, config) for name, config in CONFIGS.items()}
+    return {name: save(place / name, whole) for name, whole in MODELS.items()}
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +110,7 @@ def written(folders, tmp_path_factory):
     def made(name, opset, dtype, inline):
         path = tmp_path_factory.mktemp("files") / "model.onnx"
         found = model.export(folders[name], path, opset=opset, dtype=dtype, inline=inline)
-        return SimpleNamespace(config=CONFIGS[name], path=path, found=found, proto=onnx.load(path))
+        return SimpleNamespace(model=MODELS[name], path=path, found=found, proto=onnx.load(path))
 
     return made
 
@@ -120,21 +153,30 @@ def test_inputs_and_outputs_share_an_open_batch_and_length(file, asked):
         sizes = [[size.dim_param or size.dim_value for size in kind.shape.dim] for _, kind in types]
         return [(name, kinds[kind.elem_type], *s) for (name, kind), s in zip(types, sizes, strict=True)]
 
-    dtype = asked[2]
+    dtype, d = asked[2], file.model.config.hidden_size
+    lead = ["batch", "choices"] if file.model.choosing else ["batch"]
     assert told(file.proto.graph.input) == [
-        ("token_ids", "int64", "batch", "length"),
-        ("segment_ids", "int64", "batch", "length"),
-        ("mask", "bool", "batch", "length"),
+        ("token_ids", "int64", *lead, "length"),
+        ("segment_ids", "int64", *lead, "length"),
+        ("mask", "bool", *lead, "length"),
     ]
-    assert told(file.proto.graph.output) == [
-        ("logits", dtype, "batch", 5),
-        ("embedding", dtype, "batch", 7),
-        ("last_hidden_state", dtype, "batch", "length", 7),
-    ]
+    due = {
+        "last_hidden_state": ["length", d],
+        "mlm_logits": ["length", 11],
+        "pooled": [d],
+        "next_sentence_logits": [2],
+        "logits": [5],
+        "embedding": [d],
+        "choice_logits": [],
+        "entity_scores": [2, "length", "length"],
+        "span_scores": ["length", "length"],
+    }
+    expected = [(name, dtype, *lead, *due[name]) for name in specification.outputs(file.model)]
+    assert told(file.proto.graph.output) == expected
 
 
 def test_weights_keep_their_names_and_are_stored_once(file, asked):
-    expected = weights(file.config)
+    expected = weights(file.model)
     held = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in file.proto.graph.initializer}
     assert len(file.proto.graph.initializer) == len(expected)
     assert list(held) == list(expected)
@@ -146,12 +188,12 @@ def test_weights_keep_their_names_and_are_stored_once(file, asked):
 def test_the_metadata_tell_what_the_file_is(file, asked, folders):
     name, opset, dtype, _ = asked
     told = {entry.key: entry.value for entry in file.proto.metadata_props}
-    assert configuration.from_dict(json.loads(told.pop("refimpl.config"))) == file.config
+    assert specification.from_dict(json.loads(told.pop("refimpl.model"))) == file.model
     figures = json.loads(told.pop("refimpl.parity"))
     assert figures == [each._asdict() for each in file.found]
     assert [each["dtype"] for each in figures] == ["float64", dtype]
     assert told == {
-        "refimpl.format": "1",
+        "refimpl.format": "2",
         "refimpl.dtype": dtype,
         "refimpl.opset": str(opset),
         "refimpl.weights.sha256": hashlib.sha256((folders[name] / "model.safetensors").read_bytes()).hexdigest(),
@@ -165,17 +207,20 @@ def test_it_answers_as_the_specification(file, asked, b, n):
     drawn = np.random.default_rng(b * n)
     request = {
         "token_ids": drawn.integers(0, 11, (b, n)),
-        "segment_ids": drawn.integers(0, 3, (b, n)),
+        "segment_ids": drawn.integers(0, 2, (b, n)),
         # Any mask, among them one without a token.
         "mask": (drawn.random((b, n)) < 0.7) & (np.arange(b) != 1)[:, None],
     }
-    forward = importlib.import_module(f"refimpl.models.{file.config.model}").forward
-    expected = forward(weights(file.config), **request, config=file.config)
+    if file.model.choosing:
+        # Two questions, of as many choices.
+        request = {name: np.stack([array, array[::-1]]) for name, array in request.items()}
+    expected = specification.forward(weights(file.model), **request, model=file.model)
     session = onnxruntime.InferenceSession(file.path, providers=["CPUExecutionProvider"])
     share = {"float32": 1e-5, "float64": 1e-12}[asked[2]]
-    for made, reference in zip(session.run(None, request), expected, strict=True):
+    for made, (name, reference) in zip(session.run(None, request), expected.items(), strict=True):
         assert made.dtype == asked[2]
-        np.testing.assert_allclose(made, reference, rtol=0, atol=share * np.abs(reference).max())
+        largest = np.abs(reference[np.isfinite(reference)]).max()
+        np.testing.assert_allclose(made, reference, rtol=0, atol=share * largest, err_msg=name)
 
 
 def test_the_same_folder_gives_the_same_bytes(written, folders, tmp_path):
@@ -273,9 +318,39 @@ def test_a_folder_that_is_no_model_or_is_damaged_is_refused(tmp_path):
 def test_weights_that_do_not_fit_into_one_file_are_refused(folders, tmp_path, monkeypatch):
     size = sum(array.nbytes for array in weights(GAU).values())
     monkeypatch.setattr(model, "LARGEST", size)
-    with pytest.raises(model.ExportError, match=f"the weights have {size} bytes; one ONNX file holds less than {size}"):
+    message = f"the weights have {size} bytes in float32; one ONNX file holds less than {size}"
+    with pytest.raises(model.ExportError, match=message):
         model.export(folders["gau"], tmp_path / "gau.onnx")
+    # Twice as much in float64: it is the file's own format that counts, and its twin is never written.
+    monkeypatch.setattr(model, "LARGEST", int(1.5 * size))
+    with pytest.raises(model.ExportError, match=f"the weights have {2 * size} bytes in float64"):
+        model.export(folders["gau"], tmp_path / "gau.onnx", dtype="float64")
     assert below(tmp_path) == []
+    model.export(folders["gau"], tmp_path / "gau.onnx")
+    assert below(tmp_path) == ["gau.onnx"]
+
+
+def test_a_twin_holds_no_weights_and_gives_the_same(written):
+    exact = {name: array.astype(np.float64) for name, array in weights(GAU).items()}
+    twin, whole = (model.build(GAU, exact, stored=stored) for stored in (False, True))
+    assert not twin.graph.initializer and len(whole.graph.initializer) == len(exact)
+    assert [node.SerializeToString() for node in twin.graph.node] == [
+        node.SerializeToString() for node in whole.graph.node
+    ]
+    ids = np.array([[1, 2, 3]])
+    request = {"token_ids": ids, "segment_ids": 0 * ids, "mask": ids > 1}
+    reference = importlib.import_module("onnx.reference").ReferenceEvaluator
+    for one, other in zip(
+        reference(twin).run(None, {**exact, **request}), reference(whole).run(None, request), strict=True
+    ):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_the_tied_table_is_stored_once(written):
+    file = written("roformer", 23, "float32", False)
+    names = [tensor.name for tensor in file.proto.graph.initializer]
+    assert names.count("embedding.token") == 1 and "mlm.bias" in names
+    assert sum(list(tensor.dims) in ([11, 6], [6, 11]) for tensor in file.proto.graph.initializer) == 1
 
 
 def test_a_graph_that_takes_one_length_only_is_refused(monkeypatch):
@@ -283,19 +358,13 @@ def test_a_graph_that_takes_one_length_only_is_refused(monkeypatch):
         int(token_ids.shape[1])
         return forward(held, token_ids, *rest, **named)
 
-    forward = graph_of_gau.forward
-    monkeypatch.setattr(graph_of_gau, "forward", fixing)
+    forward = graph_of_gau.hidden_states
+    monkeypatch.setattr(graph_of_gau, "hidden_states", fixing)
     with pytest.raises(model.ExportError, match=r"gau_alpha takes only \{\('token_ids', 1\): 3\}"):
         model.build(GAU, weights(GAU))
 
 
-def test_an_encoder_without_a_classifier_is_refused(tmp_path):
-    config = roformer_v2.dialect(
-        "bert4keras-0.11.5", vocab_size=7, segments=2, embedding_size=4, hidden_size=4, layers=1, heads=2,
-        intermediate_size=5,
-    )  # fmt: skip
-    weights = {name: torch.ones(shape) for name, shape in roformer_v2.shapes(config).items()}
-    checkpoint.save(tmp_path / "model", config, weights)
-    with pytest.raises(model.ExportError, match="roformer_v2 is an encoder without a classifier"):
-        model.export(tmp_path / "model", tmp_path / "model.onnx")
-    assert not (tmp_path / "model.onnx").exists()
+def test_an_encoder_alone_is_exported(tmp_path):
+    whole = Model(MODELS["roformer_v2"].config, (), "bidirectional")
+    model.export(save(tmp_path / "model", whole), tmp_path / "model.onnx")
+    assert [entry.name for entry in onnx.load(tmp_path / "model.onnx").graph.output] == ["last_hidden_state"]

@@ -7,7 +7,9 @@ ops/test_mixed_chunk_attention.py (every length), one visible key and fully mask
 import numpy as np
 import pytest
 
+from refimpl import model as specification
 from refimpl.models import gau_alpha
+from refimpl.models._heads import SentenceEmbedding
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -17,9 +19,10 @@ pytest.importorskip("torch")
 from export import graph, model  # noqa: E402
 
 CONFIG = gau_alpha.Config(
-    vocab_size=31, segments=2, labels=3, hidden_size=32, layers=2, expanded_size=64, key_size=16, rotary_base=10000.0,
+    vocab_size=31, segments=2, hidden_size=32, layers=2, expanded_size=64, key_size=16, rotary_base=10000.0,
     n_min=1, epsilon=1e-12,
 )  # fmt: skip
+MODEL = specification.Model(CONFIG, (SentenceEmbedding("mean_of_tokens"),), "bidirectional")
 
 
 def built(opset):
@@ -27,9 +30,9 @@ def built(opset):
     scale = {"gamma_q": 1.0, "gamma_k": 1.0}
     weights = {
         name: (drawn.normal(size=shape) * scale.get(name.rpartition(".")[2], shape[0] ** -0.5)).astype(np.float32)
-        for name, shape in gau_alpha.shapes(CONFIG).items()
+        for name, shape in specification.shapes(MODEL).items()
     }
-    return model.build(CONFIG, weights, opset=opset)
+    return model.build(MODEL, weights, opset=opset)
 
 
 def answer(proto, token_ids):

@@ -11,12 +11,12 @@ from refimpl.check import DomainError
 
 GAU = {
     "model": "gau_alpha", "vocab_size": 29, "hidden_size": 5, "layers": 2, "expanded_size": 7, "key_size": 4,
-    "segments": 3, "n_min": 1, "epsilon": 1e-12, "rotary_base": 10000, "labels": 2,
+    "segments": 3, "n_min": 1, "epsilon": 1e-12, "rotary_base": 10000,
 }  # fmt: skip
 FLASH = {
     "model": "flash", "vocab_size": 29, "hidden_size": 5, "layers": 2, "expanded_size": 7, "key_size": 4,
     "segments": 3, "chunk": 3, "mix": "causal", "kernel": "laplace", "divisor": "chunk", "normaliser": "visible",
-    "rows": "paper", "rotation": "half_split", "rotary_base": 1e4, "epsilon": 1e-5, "labels": 2,
+    "rows": "paper", "rotation": "half_split", "rotary_base": 1e4, "epsilon": 1e-5,
 }  # fmt: skip
 
 
@@ -50,7 +50,7 @@ def test_an_unknown_key_is_named_with_the_known_ones():
         config.from_dict(changed(GAU, hidden_dropout=0.1, colour="blue"))
     assert str(error.value) == (
         'gau_alpha.Config: unknown key "hidden_dropout", "colour"; the known keys are model, vocab_size, hidden_size, '
-        "layers, expanded_size, key_size, segments, n_min, epsilon, rotary_base, labels"
+        "layers, expanded_size, key_size, segments, n_min, epsilon, rotary_base"
     )
 
 
@@ -68,6 +68,13 @@ def test_an_unknown_model_is_named_with_the_known_ones(model):
 def test_only_an_object_is_a_configuration(tmp_path):
     (tmp_path / "config.json").write_text('["flash"]')
     with pytest.raises(DomainError, match="expected a JSON object"):
+        config.read(tmp_path / "config.json")
+
+
+@pytest.mark.parametrize("data", [b"{", b"", b"\xff{}", b"[" * 100_000])
+def test_a_file_that_is_no_json_is_named(tmp_path, data):
+    (tmp_path / "config.json").write_bytes(data)
+    with pytest.raises(DomainError, match="config: .*config.json is no JSON: "):
         config.read(tmp_path / "config.json")
 
 
@@ -110,7 +117,7 @@ def test_the_normaliser_of_causal_reading_is_for_causal_reading():
 
 
 def test_a_configuration_made_by_hand_is_checked_too():
-    with pytest.raises(DomainError, match="labels >= 1"):
-        dataclasses.replace(config.from_dict(GAU), labels=0)
+    with pytest.raises(DomainError, match="n_min >= 1"):
+        dataclasses.replace(config.from_dict(GAU), n_min=0)
     with pytest.raises(DomainError, match="expected chunk of type int"):
         dataclasses.replace(config.from_dict(FLASH), chunk=2.5)

@@ -22,15 +22,20 @@ V1 = roformer.dialect("huggingface", **SIZES)
 V2 = roformer_v2.dialect("bert4keras-0.11.5", **SIZES)
 GAU = gau_alpha.Config(
     vocab_size=7, hidden_size=4, layers=1, expanded_size=3, key_size=2, segments=2, n_min=1, epsilon=1e-12,
-    rotary_base=1e4, labels=3,
+    rotary_base=1e4,
 )  # fmt: skip
 ENTITIES = _heads.EntityPointer(types=3, size=2, rotary_base=10000.0)
 EFFICIENT = _heads.EfficientEntityPointer(types=3, size=2, rotary_base=10000.0)
 ANSWER = _heads.SpanPointer(size=2, rotary_base=10000.0)
+CHOICE = _heads.MultipleChoice(pooling="first_token")
 RNG = np.random.default_rng(5)
 HIDDEN = RNG.normal(size=(2, 5, 4))
 TABLE = RNG.normal(size=(7, 2))
 MASK = np.array([[True] * 5, [True] * 3 + [False] * 2])
+
+
+def classes(labels=3, pooling="mean_of_tokens"):
+    return _heads.SequenceClassifier(labels, pooling)
 
 
 def weights_of(head, config=V1, seed=6):
@@ -78,11 +83,11 @@ def test_every_head_names_its_weights():
         "mlm.transform.kernel": (4, 2), "mlm.transform.bias": (2,), "mlm.norm.scale": (2,), "mlm.norm.bias": (2,),
         "mlm.bias": (7,),
     }  # fmt: skip
-    assert _heads.Pooler().shapes(V1) == {"pooler.kernel": (4, 4), "pooler.bias": (4,)}
+    assert _heads.Pooler("tanh").shapes(V1) == {"pooler.kernel": (4, 4), "pooler.bias": (4,)}
     assert _heads.NextSentence().shapes(V1) == {"next_sentence.kernel": (4, 2), "next_sentence.bias": (2,)}
-    # The names that gau_alpha and flash have for the same thing.
-    assert _heads.SequenceClassifier(labels=3).shapes(GAU) == _encoder.classifier_shapes(GAU)
-    assert _heads.MultipleChoice().shapes(V2) == {"choice.kernel": (4, 1), "choice.bias": (1,)}
+    assert classes().shapes(GAU) == {"classifier.kernel": (4, 3), "classifier.bias": (3,)}
+    assert _heads.SentenceEmbedding("pooler").shapes(V1) == {}
+    assert CHOICE.shapes(V2) == {"choice.kernel": (4, 1), "choice.bias": (1,)}
     assert ENTITIES.shapes(V2) == {"entity.kernel": (4, 12), "entity.bias": (12,)}
     assert EFFICIENT.shapes(V2) == {
         "entity.kernel": (4, 4), "entity.bias": (4,), "entity.type_kernel": (4, 6), "entity.type_bias": (6,)
@@ -92,8 +97,8 @@ def test_every_head_names_its_weights():
 
 @pytest.mark.parametrize("config", [V1, V2, GAU], ids=lambda config: config.model)
 def test_every_model_may_wear_every_task_head(config):
-    heads = (_heads.Pooler(), _heads.NextSentence(), _heads.MultipleChoice(), ENTITIES, EFFICIENT, ANSWER)
-    for head in (*heads, _heads.SequenceClassifier(labels=3)):
+    heads = (_heads.Pooler("linear"), _heads.NextSentence(), CHOICE, ENTITIES, EFFICIENT, ANSWER)
+    for head in (*heads, _heads.SequenceClassifier(3, "mean_of_tokens")):
         assert {shape[0] for name, shape in head.shapes(config).items() if name.endswith(".kernel")} == {4}
 
 
@@ -122,7 +127,7 @@ def test_pooler_and_next_sentence_by_hand():
 
 
 def test_the_classifier_by_hand():
-    head = _heads.SequenceClassifier(labels=3)
+    head = _heads.SequenceClassifier(labels=3, pooling="pooler")
     weights = {"classifier.kernel": np.eye(4)[:, :3].copy(), "classifier.bias": np.array([0.0, 10.0, 20.0])}
     logits = _heads.sequence_classifier(weights, np.array([[1.0, 2.0, 3.0, 4.0]]), head=head, config=V2)
     np.testing.assert_array_equal(logits, [[1, 12, 23]])
@@ -145,7 +150,7 @@ def test_choices_are_an_axis_before_the_tokens():
     states = roformer.hidden_states(encoder, ids, config=V1)
     sentence = _heads.first_token(states, np.ones(ids.shape, bool))
     choices = np.array([[True, True, True], [True, True, False]])
-    weights = weights_of(_heads.MultipleChoice())
+    weights = weights_of(CHOICE)
     scores = _heads.multiple_choice(weights, sentence, choices, config=V1)
     assert scores.shape == (2, 3) and scores[1, 2] == -np.inf
     alone = roformer.hidden_states(encoder, ids[0, 1], config=V1)[-1][0]
@@ -265,7 +270,7 @@ def test_a_causal_language_model_is_the_same_head_on_causal_states():
             ShapeError, "heads.pooler_tanh: expected 2 weights, missing: pooler.bias",
         ),
         (
-            lambda: _heads.pooler_linear({**weights_of(_heads.Pooler()), "x": TABLE}, HIDDEN, config=V1),
+            lambda: _heads.pooler_linear({**weights_of(_heads.Pooler("tanh")), "x": TABLE}, HIDDEN, config=V1),
             ShapeError, "heads.pooler_linear: expected 2 weights, missing: none, unknown: x",
         ),
         (
@@ -276,12 +281,12 @@ def test_a_causal_language_model_is_the_same_head_on_causal_states():
         ),
         (
             lambda: _heads.sequence_classifier(
-                weights_of(_heads.SequenceClassifier(2)), HIDDEN[:, 0], head=_heads.SequenceClassifier(3), config=V1
+                weights_of(classes(2)), HIDDEN[:, 0], head=classes(3), config=V1
             ),
             ShapeError, "heads.sequence_classifier: expected classifier.kernel of shape (4, 3)",
         ),
         (
-            lambda: _heads.multiple_choice(weights_of(_heads.MultipleChoice()), HIDDEN, MASK * 1, config=V1),
+            lambda: _heads.multiple_choice(weights_of(CHOICE), HIDDEN, MASK * 1, config=V1),
             DomainError, "head.choose: mask must be boolean",
         ),
         (lambda: _heads.first_token([], MASK), ShapeError, "heads.first_token: expected at least 1 of the hidden"),
@@ -308,7 +313,15 @@ def test_a_causal_language_model_is_the_same_head_on_causal_states():
             ),
             DomainError, "positions must be integers",
         ),
-        (lambda: _heads.SequenceClassifier(labels=0), DomainError, "heads.SequenceClassifier: expected labels >= 1"),
+        (lambda: classes(labels=0), DomainError, "heads.SequenceClassifier: expected labels >= 1"),
+        (lambda: classes(labels=True), DomainError, "heads.SequenceClassifier: expected labels of type int"),
+        (lambda: classes(pooling="mean"), DomainError, "heads.SequenceClassifier: expected pooling one of 'first_tok"),
+        (lambda: dataclasses.replace(CHOICE, pooling=1), DomainError, "heads.MultipleChoice: expected pooling one of"),
+        (lambda: _heads.SentenceEmbedding(None), DomainError, "heads.SentenceEmbedding: expected pooling one of"),
+        (lambda: _heads.Pooler("relu"), DomainError, "heads.Pooler: expected activation one of 'tanh', 'linear'"),
+        (lambda: dataclasses.replace(ANSWER, size=3), DomainError, "heads.SpanPointer: expected an even size"),
+        (lambda: dataclasses.replace(ENTITIES, rotary_base=0.0), DomainError, "expected rotary_base > 0"),
+        (lambda: dataclasses.replace(ENTITIES, types=2.0), DomainError, "heads.EntityPointer: expected types of type"),
         (lambda: dataclasses.replace(ENTITIES, types=0), DomainError, "heads.EntityPointer: expected types >= 1"),
         (lambda: dataclasses.replace(EFFICIENT, size=0), DomainError, "heads.EfficientEntityPointer: expected size"),
         (lambda: dataclasses.replace(ANSWER, size=0), DomainError, "heads.SpanPointer: expected size >= 1, received"),

@@ -10,23 +10,26 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from refimpl import model as specification
 from refimpl.check import DomainError, ShapeError
 from refimpl.models import gau_alpha
+from refimpl.models._heads import MultipleChoice, Pooler, SequenceClassifier
 from runtime import session
 from runtime.session import Session, SessionError
 
 onnx = pytest.importorskip("onnx")
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = gau_alpha.Config(
-    vocab_size=11, segments=3, labels=5, hidden_size=7, layers=2, expanded_size=13, key_size=4, rotary_base=10000.0,
+    vocab_size=11, segments=3, hidden_size=7, layers=2, expanded_size=13, key_size=4, rotary_base=10000.0,
     n_min=1, epsilon=1e-12,
 )  # fmt: skip
-OUTPUTS = {"logits", "embedding", "last_hidden_state"}
+MODEL = specification.Model(CONFIG, (SequenceClassifier(labels=5, pooling="mean_of_tokens"),), "bidirectional")
+OUTPUTS = ["last_hidden_state", "logits", "embedding"]
 
 
-def weights():
+def weights(model=MODEL):
     drawn = np.random.default_rng(0)
-    shapes = gau_alpha.shapes(CONFIG)
+    shapes = specification.shapes(model)
     return {name: drawn.normal(size=shape).astype(np.float32) / 2 for name, shape in shapes.items()}
 
 
@@ -37,7 +40,7 @@ def file(tmp_path_factory):
     from torchimpl import checkpoint
 
     folder = tmp_path_factory.mktemp("served")
-    checkpoint.save(folder / "gau", CONFIG, {name: torch.from_numpy(array) for name, array in weights().items()})
+    checkpoint.save(folder / "gau", MODEL, {name: torch.from_numpy(array) for name, array in weights().items()})
     model.export(folder / "gau", folder / "gau.onnx")
     return folder / "gau.onnx"
 
@@ -56,17 +59,17 @@ def request(b=3, n=6):
 @pytest.mark.parametrize(("b", "n"), [(1, 1), (3, 6), (2, 130)])
 def test_it_answers_as_the_specification(loaded, b, n):
     asked = request(b, n)
-    expected = gau_alpha.forward(weights(), *asked, config=CONFIG)
+    expected = specification.forward(weights(), *asked, model=MODEL)
     made = loaded.run(*asked)
-    assert set(made) == OUTPUTS
-    for name, reference in zip(loaded.outputs, expected, strict=True):
+    assert list(made) == list(loaded.outputs) == OUTPUTS
+    for name, reference in expected.items():
         assert made[name].dtype == np.float32
         np.testing.assert_allclose(made[name], reference, rtol=0, atol=5e-6 * np.abs(reference).max())
 
 
 def test_without_segments_and_mask_all_tokens_are_real(loaded):
     ids, _, _ = request()
-    expected = gau_alpha.forward(weights(), ids, config=CONFIG).logits
+    expected = specification.forward(weights(), ids, model=MODEL)["logits"]
     np.testing.assert_allclose(loaded.run(ids)["logits"], expected, atol=1e-4)
     made = loaded.run(ids.astype(np.uint8), np.zeros(ids.shape, np.int32), np.ones(ids.shape, bool))
     np.testing.assert_array_equal(made["logits"], loaded.run(ids.tolist())["logits"])
@@ -126,9 +129,25 @@ def test_files_that_are_not_ours_are_told_apart(file, tmp_path):
     (tmp_path / "text.onnx").write_text("no model")
     with pytest.raises(SessionError, match="text.onnx cannot be loaded: it is damaged or cut off"):
         Session(tmp_path / "text.onnx")
-    with pytest.raises(SessionError, match="has format 2 of a newer refimpl; this one reads 1"):
-        Session(with_metadata(file, tmp_path / "newer.onnx", format="2"))
-    for number, change in enumerate(({"format": None}, {"format": "new"}, {"config": "{}"}, {"config": "[]"})):
+    with pytest.raises(SessionError, match="has format 3 of a newer refimpl; this one reads 2"):
+        Session(with_metadata(file, tmp_path / "newer.onnx", format="3"))
+    with pytest.raises(SessionError, match="has format 1 of an older refimpl, .* 2: export the model again"):
+        Session(with_metadata(file, tmp_path / "older.onnx", format="1"))
+    told = specification.to_dict(MODEL)
+    for number, (other, message) in enumerate(
+        (
+            ("{}", 'missing key "encoder"'),
+            ("[]", "expected a JSON object"),
+            ("{", "refimpl.model in the metadata is no JSON"),
+            (json.dumps({**told, "heads": [{"head": "crf"}]}), "received 'crf'"),
+        )
+    ):
+        with pytest.raises(SessionError, match=f"tells no model that this refimpl knows: .*{message}"):
+            Session(with_metadata(file, tmp_path / f"unknown_{number}.onnx", model=other))
+    other = json.dumps({**told, "heads": []})
+    with pytest.raises(SessionError, match="gives last_hidden_state, logits, embedding; its model gives last_h"):
+        Session(with_metadata(file, tmp_path / "other.onnx", model=other))
+    for number, change in enumerate(({"format": None}, {"format": "new"}, {"model": None})):
         with pytest.raises(SessionError, match="was not written by `refimpl export`"):
             Session(with_metadata(file, tmp_path / f"foreign_{number}.onnx", **change))
 
@@ -149,10 +168,50 @@ def test_a_provider_that_is_absent_is_named(file):
 
 
 def test_the_file_tells_what_it_is(loaded):
-    assert loaded.config["model"] == "gau_alpha"
-    assert loaded.config["vocab_size"] == 11
+    assert loaded.model == MODEL
     assert json.loads(loaded.metadata["refimpl.parity"])[0]["bound"] == 1e-12
     assert loaded.threads == 1
+
+
+CHOOSING = specification.Model(CONFIG, (MultipleChoice("mean_of_tokens"), Pooler("linear")), "causal")
+
+
+@pytest.fixture(scope="module")
+def choosing(tmp_path_factory):
+    torch = pytest.importorskip("torch")
+    from export import model
+    from torchimpl import checkpoint
+
+    folder = tmp_path_factory.mktemp("choosing")
+    held = {name: torch.from_numpy(array) for name, array in weights(CHOOSING).items()}
+    checkpoint.save(folder / "gau", CHOOSING, held)
+    model.export(folder / "gau", folder / "gau.onnx")
+    return Session(folder / "gau.onnx", threads=1, max_batch=6, max_length=9)
+
+
+def test_questions_with_choices(choosing):
+    ids, segments, mask = (array.reshape(2, 3, 7) for array in request(6, 7))
+    mask[1, 2] = False
+    expected = specification.forward(weights(CHOOSING), ids, segments, mask, model=CHOOSING)
+    found = choosing.run(ids, segments, mask)
+    assert list(found) == list(expected) == ["last_hidden_state", "pooled", "choice_logits"]
+    assert found["choice_logits"][1, 2] == -np.inf
+    for name, array in expected.items():
+        np.testing.assert_allclose(found[name], array, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("ids", "error", "message"),
+    [
+        (np.ones((2, 3), int), ShapeError, r"token_ids \(b, k, n\) with 1 <= b k <= 6 and 1 <= n <= 9"),
+        (np.ones((2, 4, 3), int), ShapeError, "1 <= b k <= 6"),
+        (np.ones((2, 0, 3), int), ShapeError, "1 <= b k <= 6"),
+        (np.full((2, 3, 4), 11), DomainError, "from 0 to 10, received 11 in row 0, choice 0, column 0"),
+    ],
+)
+def test_questions_that_do_not_fit_are_refused(choosing, ids, error, message):
+    with pytest.raises(error, match=message):
+        choosing.run(ids)
 
 
 def group(root, name, **files):

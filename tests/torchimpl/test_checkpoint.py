@@ -7,27 +7,42 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
+from refimpl import config as configuration
+from refimpl import model as specification
 from refimpl.check import DomainError
-from refimpl.models import flash, gau_alpha
+from refimpl.model import Model
+from refimpl.models import flash, gau_alpha, roformer
+from refimpl.models._heads import Pooler, SequenceClassifier, SpanPointer, TiedLM, TransformedLM
 from torchimpl import checkpoint
 from torchimpl.checkpoint import CheckpointError
 
 SIZES = {
-    "vocab_size": 11, "segments": 2, "labels": 3, "hidden_size": 5, "layers": 2, "expanded_size": 7, "key_size": 4,
+    "vocab_size": 11, "segments": 2, "hidden_size": 5, "layers": 2, "expanded_size": 7, "key_size": 4,
     "rotary_base": 10000.0,
 }  # fmt: skip
-GAU = gau_alpha.Config(**SIZES, n_min=1, epsilon=1e-12)
-FLASH = flash.Config(
-    **SIZES, chunk=4, mix="bidirectional", kernel="laplace", divisor="chunk", normaliser="visible", rows="paper",
-    rotation="half_split", epsilon=1e-6,
+CLASSES = SequenceClassifier(labels=3, pooling="mean_of_tokens")
+GAU = Model(gau_alpha.Config(**SIZES, n_min=1, epsilon=1e-12), (CLASSES,), "bidirectional")
+FLASH = Model(
+    flash.Config(
+        **SIZES, chunk=4, mix="causal", kernel="laplace", divisor="chunk", normaliser="visible", rows="paper",
+        rotation="half_split", epsilon=1e-6,
+    ),
+    (SpanPointer(size=4, rotary_base=100.0), TiedLM(), Pooler("linear")), "causal",
+)  # fmt: skip
+ROFORMER = Model(
+    roformer.dialect(
+        "junnyu", vocab_size=11, segments=2, embedding_size=6, hidden_size=8, layers=1, heads=2, intermediate_size=3
+    ),
+    (TransformedLM(),), "unilm",
 )  # fmt: skip
 FILES = {"config.json", "model.safetensors", "manifest.json"}
 
 
-def weights(config=GAU):
+def weights(model=GAU):
     torch.manual_seed(3)
-    return dict(checkpoint.module(config).state_dict())
+    return checkpoint.module(model).weights()
 
 
 @pytest.fixture
@@ -36,19 +51,22 @@ def folder(tmp_path):
     return tmp_path / "models" / "gau"
 
 
-@pytest.mark.parametrize("config", [GAU, FLASH], ids=lambda config: config.model)
-def test_what_is_saved_is_read_back(tmp_path, config):
-    saved = weights(config)
-    checkpoint.save(tmp_path / "model", config, saved)
+@pytest.mark.parametrize("model", [GAU, FLASH, ROFORMER], ids=lambda model: model.config.model)
+def test_what_is_saved_is_read_back(tmp_path, model):
+    saved = weights(model)
+    checkpoint.save(tmp_path / "model", model, saved)
     held = checkpoint.load(tmp_path / "model")
-    assert held.config == config
+    assert held.model == model
+    assert specification.read(tmp_path / "model" / "config.json") == model
     assert list(held.weights) == list(saved)
     assert all(torch.equal(held.weights[name], tensor) for name, tensor in saved.items())
     assert held.sha256 == hashlib.sha256((tmp_path / "model" / "model.safetensors").read_bytes()).hexdigest()
     ids = torch.randint(0, 11, (2, 6))
     with torch.no_grad():
-        expected = checkpoint.module(config, saved).eval()(ids).logits
-        assert torch.equal(checkpoint.module(held.config, held.weights).eval()(ids).logits, expected)
+        expected = checkpoint.module(model, saved).eval()(ids)
+        found = checkpoint.module(held.model, held.weights).eval()(ids)
+    assert tuple(found) == specification.outputs(model)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
 def test_a_folder_holds_three_files_and_nothing_lies_beside_it(folder):
@@ -142,9 +160,26 @@ def rewritten(folder, name, data):
 
 def test_a_newer_format_is_refused(folder):
     manifest = json.loads((folder / "manifest.json").read_text())
-    (folder / "manifest.json").write_text(json.dumps({**manifest, "format": 2}))
-    with pytest.raises(CheckpointError, match="has format 2, this refimpl reads 1"):
+    (folder / "manifest.json").write_text(json.dumps({**manifest, "format": 3}))
+    with pytest.raises(CheckpointError, match="has format 3, this refimpl reads 2"):
         checkpoint.load(folder)
+
+
+def test_a_folder_without_heads_is_refused_with_what_to_do(folder):
+    old = {**json.loads((folder / "config.json").read_text())["encoder"], "labels": 3}
+    rewritten(folder, "config.json", json.dumps(old).encode())
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps({**manifest, "format": 1}))
+    with pytest.raises(CheckpointError) as raised:
+        checkpoint.load(folder)
+    said = str(raised.value)
+    assert "has format 1 of an earlier refimpl" in said
+    assert "save them again with torchimpl.checkpoint.save(folder, refimpl.model.Model(config, heads, visible)" in said
+    # What it says to do does it.
+    del old["labels"]
+    model = Model(configuration.from_dict(old), (CLASSES,), "bidirectional")
+    checkpoint.save(folder, model, load_file(folder / "model.safetensors"))
+    assert checkpoint.load(folder).model == GAU
 
 
 def test_a_pickle_is_not_opened(folder):
@@ -158,8 +193,14 @@ def test_a_configuration_is_checked(folder):
     rewritten(folder, "config.json", json.dumps({**config, "depth": 3}).encode())
     with pytest.raises(DomainError, match='unknown key "depth"'):
         checkpoint.load(folder)
-    rewritten(folder, "config.json", json.dumps({**config, "layers": 3}).encode())
-    with pytest.raises(CheckpointError, match=r"missing: layers\.2\.gamma_k"):
+    rewritten(folder, "config.json", json.dumps(config)[:-1].encode() + b', "heads": []}')
+    with pytest.raises(DomainError, match='the key "heads" stands twice'):
+        checkpoint.load(folder)
+    deeper = {**config, "encoder": {**config["encoder"], "layers": 3}}
+    rewritten(folder, "config.json", json.dumps(deeper).encode())
+    with pytest.raises(
+        CheckpointError, match=r"not those of gau_alpha with sequence_classifier; missing: layers\.2\.gamma_k"
+    ):
         checkpoint.load(folder)
 
 

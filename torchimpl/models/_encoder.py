@@ -1,4 +1,4 @@
-"""What the models share around their layers: checked inputs, the embedding, the classifier, the initialiser.
+"""What the models share around their layers: checked inputs, the embedding, who sees whom, the initialiser.
 
 Kernels and embeddings start as a normal law of standard deviation σ cut at ±2σ, with σ chosen so that what is left has
 the deviation gain / √f; f is the fan-in of a kernel and the width of an embedding, gain = layers^(-1/order), order the
@@ -21,7 +21,7 @@ from torch.nn import functional
 
 from refimpl.models import _encoder as specification
 from torchimpl import check
-from torchimpl.ops import activation, attention, attention_kernel, head, norm, pooling, rope
+from torchimpl.ops import activation, attention, attention_kernel, norm, rope
 
 # Gate, value and output: the matrices whose product a gated attention unit adds to its input.
 GAU_ORDER = 3
@@ -38,14 +38,6 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": activation.relu,
     "silu": activation.silu,
 }
-
-
-class Output(NamedTuple):
-    """The classes' logits, the sentence vector that they are read from, and the vectors of the tokens."""
-
-    logits: Float[Tensor, "*b k"]
-    embedding: Float[Tensor, "*b d"]
-    hidden: Float[Tensor, "*b n d"]
 
 
 class Inputs(NamedTuple):
@@ -77,6 +69,13 @@ def unilm(mask: Bool[Tensor, "*b n"] | None, segment_ids: Int[Tensor, "*b n"]) -
     return seen if mask is None else attention.key_mask(mask) & seen
 
 
+VISIBLE: dict[str, Callable[..., Tensor | None]] = {
+    "bidirectional": bidirectional,
+    "causal": causal,
+    "unilm": unilm,
+}
+
+
 class Embedding(nn.Module):
     """The normalised sum of a token's vector and its segment's; dropout acts on the sum."""
 
@@ -94,23 +93,6 @@ class Embedding(nn.Module):
     def reset_parameters(self, gain: float) -> None:
         for table in (self.token, self.segment):
             truncated_normal(table, gain / math.sqrt(table.shape[1]))
-
-
-class Classifier(nn.Module):
-    """Logits of the mean of the real tokens."""
-
-    def __init__(self, config: Any) -> None:
-        super().__init__()
-        add_parameters(self, specification.classifier_shapes(config), "classifier.")
-
-    def forward(self, hidden: Float[Tensor, "*b n d"], mask: Bool[Tensor, "*b n"] | None) -> Output:
-        real = torch.ones(hidden.shape[:-1], dtype=torch.bool, device=hidden.device) if mask is None else mask
-        embedding = pooling.masked_mean(hidden, real)
-        return Output(head.classify(embedding, self.kernel, self.bias), embedding, hidden)
-
-    def reset_parameters(self, gain: float) -> None:
-        reset_kernel(self.kernel, gain)
-        nn.init.zeros_(self.bias)
 
 
 class LayerNorm(nn.Module):
@@ -194,6 +176,10 @@ class Transformer(nn.Module):
         """New weights from torch's generator: kernels and tables as in `kernel_law`, norms the identity, biases 0."""
         reset(self, kernel_law(self.config))
 
+    def seen(self, keys: Bool[Tensor, "*_b _n n"]) -> Bool[Tensor, "..."]:
+        """The mask as a layer takes it: the same for every head."""
+        return attention.per_head(keys)
+
     def hidden_states(
         self,
         token_ids: Int[Tensor, "*b n"],
@@ -214,7 +200,7 @@ class Transformer(nn.Module):
         positions = checked_positions(operation, positions, inputs)
         _, frequencies = placed(inputs.token_ids, self.config)
         keys = visible(inputs.mask, inputs.segment_ids)
-        keys = None if keys is None else attention.per_head(keys)
+        keys = None if keys is None else self.seen(keys)
         states = [self.embedding(inputs)]
         for layer in self.layers:
             states.append(layer(states[-1], keys, positions, frequencies))

@@ -1,10 +1,10 @@
 """Heads: what stands on the vectors of an encoder, one module for each.
 
     hidden = encoder(token_ids, segment_ids, mask)
-    logits = TransformedLM(config)(hidden, encoder.embedding.token)
+    logits = TransformedLM(config, specification.TransformedLM())(hidden, encoder.embedding.token)
 
 Specification: refimpl/models/_heads.py, whose names of weights the state of a module has. `config` is that of the
-encoder; a head with sizes of its own takes them as the specification's dataclass. Kernels start as the encoder's do,
+encoder, `head` the specification's dataclass of the same name. Kernels start as the encoder's do,
 norms as the identity, biases at 0. In training, dropout acts where bert4keras has one: before the table of TiedLM.
 """
 
@@ -40,9 +40,6 @@ class Head(nn.Module):
 class TransformedLM(Head):
     """The masked-language head of RoFormer: a dense layer, its norm, the tied token table and a bias per token."""
 
-    def __init__(self, config: Any) -> None:
-        super().__init__(config, specification.TransformedLM())
-
     def transform(self, hidden: Float[Tensor, "*b d"]) -> Float[Tensor, "*b e"]:
         """What the token table is multiplied with.
 
@@ -64,8 +61,8 @@ class TransformedLM(Head):
 class TiedLM(Head):
     """The masked-language head of RoFormerV2 and GAU-α: the tied token table, behind a matrix where widths differ."""
 
-    def __init__(self, config: Any, *, hidden_dropout: float = 0.1) -> None:
-        super().__init__(config, specification.TiedLM())
+    def __init__(self, config: Any, head: specification.TiedLM, *, hidden_dropout: float = 0.1) -> None:
+        super().__init__(config, head)
         self.dropout = nn.Dropout(hidden_dropout)
 
     def forward(self, hidden: Float[Tensor, "*b d"], table: Float[Tensor, "_v e"]) -> Float[Tensor, "*b v"]:
@@ -80,11 +77,11 @@ class TiedLM(Head):
 
 
 class Pooler(Head):
-    """A dense layer on the first token; `pool` is pooling.pooler_tanh, BERT's, or pooling.pooler_linear."""
+    """A dense layer on the first token, behind tanh as in BERT or as it is."""
 
-    def __init__(self, config: Any, *, pool: Callable[..., Tensor] = pooling.pooler_tanh) -> None:
-        super().__init__(config, specification.Pooler())
-        self.pool = pool
+    def __init__(self, config: Any, head: specification.Pooler) -> None:
+        super().__init__(config, head)
+        self.pool = pooling.pooler_tanh if head.activation == "tanh" else pooling.pooler_linear
 
     def forward(self, hidden: Float[Tensor, "*b n d"]) -> Float[Tensor, "*b d"]:
         return self.pool(hidden, self.pooler.kernel, self.pooler.bias)
@@ -93,9 +90,6 @@ class Pooler(Head):
 class NextSentence(Head):
     """Two logits from the pooled vector: the second sentence follows the first, or it does not."""
 
-    def __init__(self, config: Any) -> None:
-        super().__init__(config, specification.NextSentence())
-
     def forward(self, pooled: Float[Tensor, "*b d"]) -> Float[Tensor, "*b 2"]:
         return spans.classify(pooled, self.next_sentence.kernel, self.next_sentence.bias)
 
@@ -103,18 +97,19 @@ class NextSentence(Head):
 class SequenceClassifier(Head):
     """One logit per class from a sentence vector, pooled in any way."""
 
-    def __init__(self, config: Any, head: specification.SequenceClassifier) -> None:
-        super().__init__(config, head)
-
     def forward(self, sentence: Float[Tensor, "*b d"]) -> Float[Tensor, "*b k"]:
         return spans.classify(sentence, self.classifier.kernel, self.classifier.bias)
 
 
+class SentenceEmbedding(Head):
+    """The sentence vector as it is pooled: a head without weights."""
+
+    def forward(self, sentence: Float[Tensor, "*b d"]) -> Float[Tensor, "*b d"]:
+        return sentence
+
+
 class MultipleChoice(Head):
     """One score per choice from its sentence vector, -inf where `choices` is False."""
-
-    def __init__(self, config: Any) -> None:
-        super().__init__(config, specification.MultipleChoice())
 
     def forward(self, sentence: Float[Tensor, "*b k d"], choices: Bool[Tensor, "*b k"]) -> Float[Tensor, "*b k"]:
         return spans.choose(sentence, self.choice.kernel, self.choice.bias, choices)
@@ -122,9 +117,6 @@ class MultipleChoice(Head):
 
 class EntityPointer(Head):
     """The score of every span for every type, with a query and a key of its own per type."""
-
-    def __init__(self, config: Any, head: specification.EntityPointer) -> None:
-        super().__init__(config, head)
 
     def forward(
         self,
@@ -140,9 +132,6 @@ class EntityPointer(Head):
 
 class EfficientEntityPointer(Head):
     """The score of every span for every type, with one query and key for all types."""
-
-    def __init__(self, config: Any, head: specification.EfficientEntityPointer) -> None:
-        super().__init__(config, head)
 
     def forward(
         self,
@@ -160,9 +149,6 @@ class SpanPointer(Head):
 
     `mask` is True on tokens that an answer may hold.
     """
-
-    def __init__(self, config: Any, head: specification.SpanPointer) -> None:
-        super().__init__(config, head)
 
     def forward(
         self,
@@ -191,7 +177,7 @@ def mean_of_tokens(states: Sequence[Float[Tensor, "..."]], mask: Bool[Tensor, ".
     Raises: as pooling.masked_mean; ShapeError without a state.
     """
     _check_states("heads.mean_of_tokens", states, 1)
-    return pooling.masked_mean(states[-1], _real(states[-1], mask))
+    return pooling.masked_mean(states[-1], real_tokens(states[-1], mask))
 
 
 def first_last_average(
@@ -202,7 +188,19 @@ def first_last_average(
     Raises: as pooling.first_last_average; ShapeError without a layer.
     """
     _check_states("heads.first_last_average", states, 2)
-    return pooling.first_last_average(states[1], states[-1], _real(states[-1], mask))
+    return pooling.first_last_average(states[1], states[-1], real_tokens(states[-1], mask))
+
+
+POOLINGS: dict[str, Callable[..., Tensor]] = {
+    "first_token": first_token,
+    "mean_of_tokens": mean_of_tokens,
+    "first_last_average": first_last_average,
+}
+
+
+def real_tokens(hidden: Float[Tensor, "*b n d"], mask: Bool[Tensor, "*b n"] | None) -> Bool[Tensor, "*b n"]:
+    """The mask, or that of nothing but real tokens where it is None."""
+    return torch.ones(hidden.shape[:-1], dtype=torch.bool, device=hidden.device) if mask is None else mask
 
 
 def _table(operation: str, table: Tensor, config: Any) -> Tensor:
@@ -217,10 +215,6 @@ def _positions(hidden: Tensor, positions: Tensor | None) -> Tensor:
         return positions
     # What has no token axis is refused where it is scored.
     return torch.arange(hidden.shape[-2] if hidden.ndim >= 2 else 0, device=hidden.device)
-
-
-def _real(hidden: Tensor, mask: Tensor | None) -> Tensor:
-    return torch.ones(hidden.shape[:-1], dtype=torch.bool, device=hidden.device) if mask is None else mask
 
 
 def _check_states(operation: str, states: Sequence[Tensor], least: int) -> None:

@@ -1,10 +1,9 @@
 """FLASH with mixed chunks: pre-norm units that attend inside chunks quadratically and between them linearly.
 
-    x_0 = rms_norm(E_token + E_segment),   x_(l+1) = x_l + unit_l(layer_norm_l(x_l)),   hidden = layer_norm(x_L)
-    logits = masked_mean(hidden) W + b
+    x_0 = rms_norm(E_token + E_segment),   x_(l+1) = x_l + unit_l(layer_norm_l(x_l)),   y = layer_norm(x_L)
 
 Specification: refimpl/models/flash.py. In training, dropout acts on the embeddings' sum before its norm and on every
-unit before the residual sum.
+unit before the residual sum. What stands on y is in _heads.
 """
 
 from collections.abc import Callable
@@ -16,27 +15,10 @@ from torch import Tensor, nn
 
 from refimpl.models.flash import Config, layer_shapes
 from torchimpl.models import _encoder
-from torchimpl.models._encoder import Output
 from torchimpl.ops import attention_kernel, mixed_chunk_attention, norm, rope
 
 # Of gamma at the start: heads that hardly attend, so that the residual path carries the first steps (arXiv:2202.10447).
 GAMMA_DEVIATION = 0.02
-
-
-class Norm(nn.Module):
-    """The layer norm behind the last layer."""
-
-    def __init__(self, config: Config) -> None:
-        super().__init__()
-        _encoder.add_parameters(self, {"scale": (config.hidden_size,), "bias": (config.hidden_size,)})
-        self.epsilon = config.epsilon
-
-    def forward(self, x: Float[Tensor, "*b n d"]) -> Float[Tensor, "*b n d"]:
-        return norm.layer_norm(x, self.scale, self.bias, epsilon=self.epsilon)
-
-    def reset_parameters(self) -> None:
-        nn.init.ones_(self.scale)
-        nn.init.zeros_(self.bias)
 
 
 class Layer(nn.Module):
@@ -53,7 +35,7 @@ class Layer(nn.Module):
         self,
         x: Float[Tensor, "*b n d"],
         mask: Bool[Tensor, "*b n"] | None,
-        positions: Int[Tensor, " n"],
+        positions: Int[Tensor, "*p n"],
         frequencies: Float[Tensor, " r"],
     ) -> Float[Tensor, "*b n d"]:
         unit = mixed_chunk_attention.unit(
@@ -73,55 +55,56 @@ class Layer(nn.Module):
 
 
 class Flash(nn.Module):
-    """A sequence classifier; `hidden_states` is the encoder before its last norm. Dropout acts in training only."""
+    """The encoder, called as a module for the last of its hidden states. Dropout acts in training only."""
 
     def __init__(self, config: Config, *, hidden_dropout: float = 0.1) -> None:
         super().__init__()
         self.config = config
         self.embedding = _encoder.Embedding(config, hidden_dropout)
         self.layers = nn.ModuleList(Layer(config, hidden_dropout) for _ in range(config.layers))
-        self.final_norm = Norm(config)
-        self.classifier = _encoder.Classifier(config)
+        self.final_norm = _encoder.LayerNorm(config.hidden_size, config.epsilon)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """New weights from torch's generator: gammas near 0, norms the identity, biases 0, the rest as in _encoder."""
         gain = _encoder.gain(self.config.layers, _encoder.GAU_ORDER)
-        for part in (self.embedding, *self.layers, self.classifier):
+        for part in (self.embedding, *self.layers):
             part.reset_parameters(gain)
-        self.final_norm.reset_parameters()
+        nn.init.ones_(self.final_norm.scale)
+        nn.init.zeros_(self.final_norm.bias)
 
     def hidden_states(
         self,
         token_ids: Int[Tensor, "*b n"],
         segment_ids: Int[Tensor, "*b n"] | None = None,
         mask: Bool[Tensor, "*b n"] | None = None,
+        positions: Int[Tensor, "*p n"] | None = None,
     ) -> list[Float[Tensor, "*b n d"]]:
-        """The embedding, then the output of every layer before the last norm: x_0 ... x_L.
+        """The embedding, the output of every layer but the last, and the norm of the last one's.
 
-        Raises: ShapeError for ids and masks that are not of one shape; DomainError for other dtypes.
+        Raises: ShapeError for ids and masks that are not of one shape and positions that are neither (n,) nor of that
+            shape; DomainError for other dtypes.
         """
-        return self._states(_encoder.checked_inputs("flash.hidden_states", token_ids, segment_ids, mask))
+        inputs = _encoder.checked_inputs("flash.hidden_states", token_ids, segment_ids, mask)
+        positions = _encoder.checked_positions("flash.hidden_states", positions, inputs)
+        _, frequencies = _encoder.placed(inputs.token_ids, self.config)
+        states = [self.embedding(inputs)]
+        for layer in self.layers:
+            states.append(layer(states[-1], inputs.mask, positions, frequencies))
+        return [*states[:-1], self.final_norm(states[-1])]
 
     def forward(
         self,
         token_ids: Int[Tensor, "*b n"],
         segment_ids: Int[Tensor, "*b n"] | None = None,
         mask: Bool[Tensor, "*b n"] | None = None,
-    ) -> Output:
-        """Logits of a sequence classifier, the sentence vector below them and the normalised last vectors.
+        positions: Int[Tensor, "*p n"] | None = None,
+    ) -> Float[Tensor, "*b n d"]:
+        """The normalised output of the last layer.
 
         Raises: as `hidden_states`.
         """
-        inputs = _encoder.checked_inputs("flash.forward", token_ids, segment_ids, mask)
-        return self.classifier(self.final_norm(self._states(inputs)[-1]), inputs.mask)
-
-    def _states(self, inputs: _encoder.Inputs) -> list[Tensor]:
-        positions, frequencies = _encoder.placed(inputs.token_ids, self.config)
-        states = [self.embedding(inputs)]
-        for layer in self.layers:
-            states.append(layer(states[-1], inputs.mask, positions, frequencies))
-        return states
+        return self.hidden_states(token_ids, segment_ids, mask, positions)[-1]
 
 
 def _rule(config: Config) -> dict[str, Any]:

@@ -1,9 +1,9 @@
-"""GAU-α: gated attention units in a row, one root-mean-square norm after each, and no bias in the encoder.
+"""GAU-α: gated attention units in a row, one root-mean-square norm after each, and no bias.
 
-    x_0 = rms_norm(E_token + E_segment),   x_(l+1) = rms_norm(x_l + unit_l(x_l)),   logits = masked_mean(x_L) W + b
+    x_0 = rms_norm(E_token + E_segment),   x_(l+1) = rms_norm(x_l + unit_l(x_l))
 
 Specification: refimpl/models/gau_alpha.py. In training, hidden dropout acts on the embeddings' sum before its norm and
-on every unit before the residual sum, attention dropout on the attention weights.
+on every unit before the residual sum, attention dropout on the attention weights. What stands on x_L is in _heads.
 """
 
 from jaxtyping import Bool, Float, Int
@@ -11,8 +11,7 @@ from torch import Tensor, nn
 
 from refimpl.models.gau_alpha import Config, layer_shapes
 from torchimpl.models import _encoder
-from torchimpl.models._encoder import Output
-from torchimpl.ops import attention, gau, norm, rope
+from torchimpl.ops import gau, norm, rope
 from torchimpl.ops.attention_kernel import softmax_plus
 
 
@@ -29,8 +28,8 @@ class Layer(nn.Module):
     def forward(
         self,
         x: Float[Tensor, "*b n d"],
-        visible: Bool[Tensor, "*b 1 n"] | None,
-        positions: Int[Tensor, " n"],
+        visible: Bool[Tensor, "*_b _n n"] | None,
+        positions: Int[Tensor, "*p n"],
         frequencies: Float[Tensor, " r"],
     ) -> Float[Tensor, "*b n d"]:
         unit = gau.unit(
@@ -51,56 +50,19 @@ class Layer(nn.Module):
             nn.init.ones_(gamma)
 
 
-class GauAlpha(nn.Module):
-    """A sequence classifier; `hidden_states` is the encoder alone.
-
-    Both dropouts are 0.1 at the release, and act in training only.
-    """
+class GauAlpha(_encoder.Transformer):
+    """The encoder. Both dropouts are 0.1 at the release, and act in training only."""
 
     def __init__(self, config: Config, *, hidden_dropout: float = 0.1, attention_dropout: float = 0.1) -> None:
-        super().__init__()
-        self.config = config
-        self.embedding = _encoder.Embedding(config, hidden_dropout)
-        layers = (Layer(config, hidden_dropout, attention_dropout) for _ in range(config.layers))
-        self.layers = nn.ModuleList(layers)
-        self.classifier = _encoder.Classifier(config)
-        self.reset_parameters()
+        layers = [Layer(config, hidden_dropout, attention_dropout) for _ in range(config.layers)]
+        super().__init__(config, _encoder.Embedding(config, hidden_dropout), layers)
 
     def reset_parameters(self) -> None:
-        """New weights from torch's generator: gammas 1, the classifier's bias 0, the rest as in _encoder."""
+        """New weights from torch's generator: gammas 1, the rest as in _encoder."""
         gain = _encoder.gain(self.config.layers, _encoder.GAU_ORDER)
-        for part in (self.embedding, *self.layers, self.classifier):
+        for part in (self.embedding, *self.layers):
             part.reset_parameters(gain)
 
-    def hidden_states(
-        self,
-        token_ids: Int[Tensor, "*b n"],
-        segment_ids: Int[Tensor, "*b n"] | None = None,
-        mask: Bool[Tensor, "*b n"] | None = None,
-    ) -> list[Float[Tensor, "*b n d"]]:
-        """The embedding, then the output of every layer: x_0 ... x_L.
-
-        Raises: ShapeError for ids and masks that are not of one shape; DomainError for other dtypes.
-        """
-        return self._states(_encoder.checked_inputs("gau_alpha.hidden_states", token_ids, segment_ids, mask))
-
-    def forward(
-        self,
-        token_ids: Int[Tensor, "*b n"],
-        segment_ids: Int[Tensor, "*b n"] | None = None,
-        mask: Bool[Tensor, "*b n"] | None = None,
-    ) -> Output:
-        """Logits of a sequence classifier, the sentence vector below them and the last layer's vectors.
-
-        Raises: as `hidden_states`.
-        """
-        inputs = _encoder.checked_inputs("gau_alpha.forward", token_ids, segment_ids, mask)
-        return self.classifier(self._states(inputs)[-1], inputs.mask)
-
-    def _states(self, inputs: _encoder.Inputs) -> list[Tensor]:
-        visible = None if inputs.mask is None else attention.key_mask(inputs.mask)
-        positions, frequencies = _encoder.placed(inputs.token_ids, self.config)
-        states = [self.embedding(inputs)]
-        for layer in self.layers:
-            states.append(layer(states[-1], visible, positions, frequencies))
-        return states
+    def seen(self, keys: Bool[Tensor, "*_b _n n"]) -> Bool[Tensor, "..."]:
+        """The mask as a layer takes it: a unit has one head and no axis for it."""
+        return keys

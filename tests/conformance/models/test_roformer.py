@@ -166,7 +166,7 @@ def test_another_right_model_in_this_format_is_never_accused(name, dtype):
 @pytest.mark.parametrize(("name", "case"), BOTH)
 def test_right_models_keep_every_law(name, case):
     for dtype, model in (("float64", JUDGES[name].model), ("float32", plain("float32", every=False))):
-        broken = [law.__name__ for law in _encoder.ENCODER_LAWS if breaks(law, model, name, case, profile_of(dtype))]
+        broken = [law.__name__ for law in _encoder.LAWS if breaks(law, model, name, case, profile_of(dtype))]
         assert broken == [], dtype
 
 
@@ -179,7 +179,7 @@ def test_a_wrong_model_is_found_out(name, wrong):
         assert any(worst(model, name, case, profile_of(dtype)) > 1 for case in CASES[name]), dtype
     if wrong in BROKEN_LAW:
         broken, case = BROKEN_LAW[wrong]
-        (law,) = (law for law in _encoder.ENCODER_LAWS if law.__name__ == broken)
+        (law,) = (law for law in _encoder.LAWS if law.__name__ == broken)
         assert breaks(law, model, name, case)
 
 

@@ -92,7 +92,7 @@ def test_every_array_of_bert4keras(folder):
     last = got["io/last_hidden_state"]
     got["io/mlm_transform"] = _heads.masked_lm_transform(head, last, config=config)
     if folder == "b4k_roformer_emb":
-        weights = originals.weights_bert4keras(original, _heads.Pooler().shapes(config))
+        weights = originals.weights_bert4keras(original, _heads.Pooler("tanh").shapes(config))
         got["io/pooler_output"] = _heads.pooler_tanh(weights, last, config=config)
         weights = originals.weights_bert4keras(original, _heads.NextSentence().shapes(config))
         got["io/nsp_proba"] = originals.softmax(_heads.next_sentence(weights, got["io/pooler_output"], config=config))
@@ -162,7 +162,7 @@ def test_the_kept_part_with_an_embedding_of_another_width():
         ],
         "io/last_hidden_state": arrays["io/last_hidden_state"],
     }
-    weights = originals.weights_bert4keras(original, _heads.Pooler().shapes(config))
+    weights = originals.weights_bert4keras(original, _heads.Pooler("tanh").shapes(config))
     got["io/pooler_output"] = _heads.pooler_tanh(weights, arrays["io/last_hidden_state"], config=config)
     weights = originals.weights_bert4keras(original, _heads.NextSentence().shapes(config))
     got["io/nsp_proba"] = originals.softmax(_heads.next_sentence(weights, got["io/pooler_output"], config=config))

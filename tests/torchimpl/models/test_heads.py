@@ -12,7 +12,6 @@ from refimpl.models import gau_alpha, roformer, roformer_v2
 from tests.golden import originals
 from torchimpl.models import _heads
 from torchimpl.models.roformer import Roformer
-from torchimpl.ops import pooling
 
 DOUBLE, SINGLE = 1e-12, 5e-6
 SIZES = {
@@ -23,9 +22,12 @@ V1 = roformer.dialect("bert4keras-0.11.5", **SIZES)
 V2 = roformer_v2.dialect("bert4keras-0.11.5", **SIZES)
 GAU = gau_alpha.Config(
     vocab_size=29, hidden_size=22, layers=1, expanded_size=3, key_size=2, segments=2, n_min=1, epsilon=1e-12,
-    rotary_base=1e4, labels=3,
+    rotary_base=1e4,
 )  # fmt: skip
-CLASSES = spec.SequenceClassifier(labels=5)
+CLASSES = spec.SequenceClassifier(labels=5, pooling="first_token")
+CHOICE = spec.MultipleChoice(pooling="first_token")
+TRANSFORMED, TIED, NEXT = spec.TransformedLM(), spec.TiedLM(), spec.NextSentence()
+TANH, LINEAR = spec.Pooler("tanh"), spec.Pooler("linear")
 ENTITIES = spec.EntityPointer(types=3, size=4, rotary_base=100.0)
 EFFICIENT = spec.EfficientEntityPointer(types=3, size=4, rotary_base=100.0)
 ANSWER = spec.SpanPointer(size=4, rotary_base=100.0)
@@ -39,14 +41,14 @@ CHOICES = RNG.normal(size=(3, 4, 22)), np.arange(4) < np.array([[4], [2], [0]])
 
 # The module, the specification's function of the same weights, and the arrays that both are given.
 HEADS = {
-    "transformed": (lambda: _heads.TransformedLM(V1), spec.masked_lm_transformed, V1, (HIDDEN, TABLE)),
-    "tied": (lambda: _heads.TiedLM(V2), spec.masked_lm_tied, V2, (HIDDEN, TABLE)),
-    "tied of one width": (lambda: _heads.TiedLM(GAU), spec.masked_lm_tied, GAU, (HIDDEN, WIDE_TABLE)),
-    "pooler": (lambda: _heads.Pooler(V1), spec.pooler_tanh, V1, (HIDDEN,)),
-    "linear pooler": (lambda: _heads.Pooler(V1, pool=pooling.pooler_linear), spec.pooler_linear, V1, (HIDDEN,)),
-    "next sentence": (lambda: _heads.NextSentence(V1), spec.next_sentence, V1, (HIDDEN[:, 0],)),
+    "transformed": (lambda: _heads.TransformedLM(V1, TRANSFORMED), spec.masked_lm_transformed, V1, (HIDDEN, TABLE)),
+    "tied": (lambda: _heads.TiedLM(V2, TIED), spec.masked_lm_tied, V2, (HIDDEN, TABLE)),
+    "tied of one width": (lambda: _heads.TiedLM(GAU, TIED), spec.masked_lm_tied, GAU, (HIDDEN, WIDE_TABLE)),
+    "pooler": (lambda: _heads.Pooler(V1, TANH), spec.pooler_tanh, V1, (HIDDEN,)),
+    "linear pooler": (lambda: _heads.Pooler(V1, LINEAR), spec.pooler_linear, V1, (HIDDEN,)),
+    "next sentence": (lambda: _heads.NextSentence(V1, NEXT), spec.next_sentence, V1, (HIDDEN[:, 0],)),
     "classifier": (lambda: _heads.SequenceClassifier(V2, CLASSES), spec.sequence_classifier, V2, (HIDDEN[:, 0],)),
-    "choice": (lambda: _heads.MultipleChoice(V1), spec.multiple_choice, V1, CHOICES),
+    "choice": (lambda: _heads.MultipleChoice(V1, CHOICE), spec.multiple_choice, V1, CHOICES),
     "entities": (lambda: _heads.EntityPointer(V2, ENTITIES), spec.entity_pointer, V2, (HIDDEN, MASK)),
     "entities at positions": (
         lambda: _heads.EntityPointer(V1, ENTITIES), spec.entity_pointer, V1, (HIDDEN, MASK, POSITIONS)
@@ -109,8 +111,11 @@ def test_the_state_has_the_names_and_shapes_of_the_specification(name):
 
 
 def test_there_is_a_module_for_every_head_of_the_specification():
-    named = {name for name, value in vars(spec).items() if dataclasses.is_dataclass(value)}
-    assert named == {type(make()).__name__ for make, *_ in HEADS.values()}
+    named = {kind.__name__ for kind in spec.HEADS.values()}
+    # The one without weights is told here.
+    embedding = spec.SentenceEmbedding("first_token")
+    assert torch.equal(_heads.SentenceEmbedding(V1, embedding)(X), X)
+    assert named == {type(make()).__name__ for make, *_ in HEADS.values()} | {"SentenceEmbedding"}
 
 
 def test_the_transform_is_what_the_table_is_multiplied_with():
@@ -142,7 +147,7 @@ def test_the_kept_parts_of_bert4keras_models(dtype, bound):
         "bert4keras-0.11.5", vocab_size=120, embedding_size=48, hidden_size=48, intermediate_size=96, **sizes
     )
     original = originals.copy("b4k_roformer")
-    head = loaded(_heads.TransformedLM(plain), original, dtype)
+    head = loaded(_heads.TransformedLM(plain, TRANSFORMED), original, dtype)
     table = torch.tensor(original.weights["bert/embeddings/word_embeddings"]).to(dtype)
     last = torch.tensor(original.double["io/last_hidden_state"]).to(dtype)
     got = {"io/mlm_transform": head.transform(last), "io/mlm_logits": head(last, table)}
@@ -153,8 +158,8 @@ def test_the_kept_parts_of_bert4keras_models(dtype, bound):
     )
     original = originals.copy("b4k_roformer_emb")
     last = torch.tensor(original.double["io/last_hidden_state"]).to(dtype)
-    pooled = loaded(_heads.Pooler(mapped), original, dtype)(last)
-    proba = loaded(_heads.NextSentence(mapped), original, dtype)(pooled).softmax(dim=-1)
+    pooled = loaded(_heads.Pooler(mapped, TANH), original, dtype)(last)
+    proba = loaded(_heads.NextSentence(mapped, NEXT), original, dtype)(pooled).softmax(dim=-1)
     assert close({"io/pooler_output": pooled, "io/nsp_proba": proba}, original.double, bound)
 
 
@@ -184,7 +189,7 @@ def test_every_weight_learns_and_texts_of_padding_do_no_harm(name):
 
 def test_the_tied_table_learns_from_both_of_its_ends():
     config = dataclasses.replace(V1, hidden_size=12, heads=3)
-    encoder, head = Roformer(config).eval(), _heads.TransformedLM(config)
+    encoder, head = Roformer(config).eval(), _heads.TransformedLM(config, TRANSFORMED)
     ids = torch.tensor([[1, 2, 3]])
     table = encoder.embedding.token
     head(encoder(ids), table).log_softmax(dim=-1)[..., 5].sum().backward()
@@ -230,31 +235,31 @@ def test_weights_start_as_the_encoders_do():
     torch.manual_seed(0)
     sizes = {"hidden_size": 300, "embedding_size": 200, "layers": 4}
     v1, v2 = dataclasses.replace(V1, **sizes), dataclasses.replace(V2, **sizes)
-    head = _heads.TransformedLM(v1)
+    head = _heads.TransformedLM(v1, TRANSFORMED)
     kernel = head.mlm.transform.kernel
     # Sigma 0.02 cut at two of them, of which 0.8796 is left.
     assert kernel.std().item() == pytest.approx(0.017593, rel=0.02) and 0.0398 < kernel.abs().max() <= 0.0400001
     assert (head.mlm.norm.scale == 1).all()
     assert all((bias == 0).all() for bias in (head.mlm.bias, head.mlm.norm.bias, head.mlm.transform.bias))
     # 4^(-1/2) / √300; a kernel of GAU-α has the order 3, and its one layer the gain 1.
-    assert _heads.TiedLM(v2).mlm.mapping.kernel.std().item() == pytest.approx(0.5 / 300**0.5, rel=0.02)
+    assert _heads.TiedLM(v2, TIED).mlm.mapping.kernel.std().item() == pytest.approx(0.5 / 300**0.5, rel=0.02)
     wide = dataclasses.replace(GAU, hidden_size=300, layers=8)
-    assert _heads.Pooler(wide).pooler.kernel.std().item() == pytest.approx(0.5 / 300**0.5, rel=0.02)
+    assert _heads.Pooler(wide, TANH).pooler.kernel.std().item() == pytest.approx(0.5 / 300**0.5, rel=0.02)
     entity = _heads.EfficientEntityPointer(v2, dataclasses.replace(EFFICIENT, size=100, types=50)).entity
     assert entity.type_kernel.std().item() == pytest.approx(0.5 / 200**0.5, rel=0.02)
     assert (entity.type_bias == 0).all()
 
 
 def test_dropout_stands_before_the_table_of_the_tied_head():
-    module = _heads.TiedLM(GAU, hidden_dropout=0.5).double().train()
+    module = _heads.TiedLM(GAU, TIED, hidden_dropout=0.5).double().train()
     torch.manual_seed(0)
     dropped = module(torch.tensor(HIDDEN), torch.eye(29, 22, dtype=torch.float64))[..., :22]
     kept = dropped != 0
     assert 0.4 < kept.double().mean() < 0.6
     torch.testing.assert_close(dropped[kept], 2 * torch.tensor(HIDDEN)[kept], rtol=1e-12, atol=0)
-    assert _heads.TiedLM(GAU).dropout.p == 0.1
+    assert _heads.TiedLM(GAU, TIED).dropout.p == 0.1
     # Behind the mapping.
-    module = _heads.TiedLM(V2, hidden_dropout=0.5).double().train()
+    module = _heads.TiedLM(V2, TIED, hidden_dropout=0.5).double().train()
     dropped = module(torch.tensor(HIDDEN), torch.eye(29, 7, dtype=torch.float64))[..., :7]
     assert 0.3 < (dropped == 0).double().mean() < 0.7
 

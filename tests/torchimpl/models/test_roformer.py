@@ -14,7 +14,9 @@ from torch.func import functional_call
 from torch.nn import functional
 
 from refimpl.check import DomainError, ShapeError
+from refimpl.model import Model
 from refimpl.models import _encoder as specified
+from refimpl.models import _heads as heads_of
 from refimpl.models import roformer as spec
 from refimpl.models import roformer_v2 as spec_v2
 from refimpl.ops import attention
@@ -179,7 +181,8 @@ def found(folder, original, config, dtype):
 
     @torch.no_grad()
     def logits(hidden, config):
-        head = _heads.TransformedLM(config) if config.model == "roformer" else _heads.TiedLM(config)
+        name = "TransformedLM" if config.model == "roformer" else "TiedLM"
+        head = getattr(_heads, name)(config, getattr(heads_of, name)())
         head = loaded(head, weights(original, head.head.shapes(config)), dtype)
         table = torch.tensor(encoder["embedding.token"]).to(dtype)
         return head(torch.tensor(hidden).to(dtype), table).double().numpy()
@@ -484,10 +487,10 @@ def test_the_state_has_the_names_and_shapes_of_the_specification(name):
 @both
 def test_a_model_folder_and_a_copy_give_the_same_model(name, tmp_path):
     module, inputs = module_of(name, dtype=torch.float32), tensors(*text())
-    checkpoint.save(tmp_path / "model", module.config, module.state_dict())
+    checkpoint.save(tmp_path / "model", Model(module.config, (), "bidirectional"), module.state_dict())
     read = checkpoint.load(tmp_path / "model")
-    assert read.config == module.config
-    for other in (checkpoint.module(read.config, read.weights).eval(), copy.deepcopy(module)):
+    assert read.model.config == module.config
+    for other in (checkpoint.module(read.model, read.weights).encoder.eval(), copy.deepcopy(module)):
         assert torch.equal(other(*inputs), module(*inputs))
 
 
