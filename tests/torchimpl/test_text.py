@@ -1,0 +1,197 @@
+"""Texts as token ids: words by both segmenters, windows cut by hand, and files that are refused in words."""
+
+import json
+
+import numpy as np
+import pytest
+
+from torchimpl import text
+from torchimpl.run import TrainError
+
+TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "we", "run", "##ning", "##s", "far", "天", "气", "好", "!"]
+
+
+@pytest.fixture(scope="module")
+def vocabulary(tmp_path_factory):
+    file = tmp_path_factory.mktemp("vocabulary") / "vocab.txt"
+    file.write_text("\n".join(TOKENS) + "\n", encoding="utf-8")
+    return file
+
+
+@pytest.fixture(scope="module")
+def tokenizer(vocabulary):
+    return text.tokenizer(vocabulary)
+
+
+def halves(line):
+    """A segmenter: 天气 is one word."""
+    return ["天气" if part == "天" else part for part in line if part != "气"]
+
+
+def ids(*tokens):
+    return [TOKENS.index(token) for token in tokens]
+
+
+def test_word_pieces_go_on_with_their_word(tokenizer):
+    found, words = text.pieces("We running far", tokenizer)
+    assert found == ids("we", "run", "##ning", "far")
+    assert words == [0, 1, 1, 2]
+    assert text.pieces("天气好!", tokenizer) == (ids("天", "气", "好", "!"), [0, 1, 2, 3])
+    assert text.pieces("", tokenizer) == ([], [])
+
+
+def test_a_segmenter_says_what_a_word_is(tokenizer):
+    assert text.pieces("天气好!", tokenizer, halves) == (ids("天", "气", "好", "!"), [0, 0, 1, 2])
+    # What has no token is no word.
+    assert text.pieces("we far", tokenizer, lambda line: ["we", " ", "far"]) == (ids("we", "far"), [0, 1])
+
+
+def test_segmenters_by_name():
+    assert text.segmenter("wordpiece") is None
+    assert text.segmenter("textwrap:wrap")("a b") == ["a b"]
+    with pytest.raises(TrainError, match="wordpiece, jieba or module:function, received 'lac'"):
+        text.segmenter("lac")
+    for name in ("textwrap:none", "no.such.module:cut"):
+        with pytest.raises(TrainError, match=f"segmenter {name} cannot be loaded"):
+            text.segmenter(name)
+
+
+def test_jieba_is_used_where_it_is_installed(tokenizer):
+    pytest.importorskip("jieba", reason="jieba is optional")
+    assert "".join(text.segmenter("jieba")("天气好")) == "天气好"
+
+
+def test_windows_are_cut_between_words_by_hand(tokenizer):
+    made, mask, words = text.windows(iter(["we running far", "", "far"]), tokenizer, 5)
+    assert made.tolist() == [
+        ids("[CLS]", "we", "run", "##ning", "[SEP]"),
+        ids("[CLS]", "far", "[SEP]", "[PAD]", "[PAD]"),
+        ids("[CLS]", "far", "[SEP]", "[PAD]", "[PAD]"),
+    ]
+    assert words.tolist() == [[-1, 0, 1, 1, -1], [-1, 0, -1, -1, -1], [-1, 0, -1, -1, -1]]
+    assert mask.tolist() == [[True] * 5, [True] * 3 + [False] * 2, [True] * 3 + [False] * 2]
+    # A word is not torn as long as it has room.
+    made, _, words = text.windows(iter(["we running"]), tokenizer, 4)
+    assert made.tolist() == [ids("[CLS]", "we", "[SEP]", "[PAD]"), ids("[CLS]", "run", "##ning", "[SEP]")]
+    made, _, words = text.windows(iter(["running"]), tokenizer, 3)
+    assert made.tolist() == [ids("[CLS]", "run", "[SEP]"), ids("[CLS]", "##ning", "[SEP]")]
+    assert words.tolist() == [[-1, 0, -1]] * 2
+    with pytest.raises(TrainError, match="length of 3 or more"):
+        text.windows(iter(["we"]), tokenizer, 2)
+    with pytest.raises(TrainError, match="no token"):
+        text.windows(iter([""]), tokenizer, 9)
+
+
+def test_examples_by_hand(tokenizer):
+    rows = [text.Row("we run", None, "a"), text.Row("far", None, "b")]
+    made, segments, mask = text.encoded(rows, tokenizer, 9)
+    assert made.tolist() == [ids("[CLS]", "we", "run", "[SEP]"), ids("[CLS]", "far", "[SEP]", "[PAD]")]
+    assert segments.tolist() == [[0] * 4] * 2
+    assert mask.tolist() == [[True] * 4, [True] * 3 + [False]]
+    made, segments, mask = text.encoded([text.Row("we run far", "far!", "a")], tokenizer, 7)
+    assert made.tolist() == [ids("[CLS]", "we", "run", "[SEP]", "far", "!", "[SEP]")]
+    assert segments.tolist() == [[0, 0, 0, 0, 1, 1, 1]] and mask.all()
+    made, *_ = text.encoded([text.Row("we", "far far far far", "a")], tokenizer, 6)
+    assert made.tolist() == [ids("[CLS]", "we", "[SEP]", "far", "far", "[SEP]")]
+    with pytest.raises(TrainError, match="length of 5 or more"):
+        text.encoded(rows, tokenizer, 4)
+
+
+def test_a_tokenizer_json_is_the_same_tokenizer(tokenizer, tmp_path):
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    assert text.pieces("we running", text.tokenizer(tmp_path / "tokenizer.json")) == text.pieces(
+        "we running", tokenizer
+    )
+
+
+def test_tokenizers_that_are_none(tmp_path):
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(TrainError, match="is no tokenizer.json"):
+        text.tokenizer(tmp_path / "tokenizer.json")
+    (tmp_path / "vocab.txt").write_text("[PAD]\n[UNK]\nwe")
+    with pytest.raises(TrainError, match=r"has no \[CLS\], \[SEP\], \[MASK\]"):
+        text.tokenizer(tmp_path / "vocab.txt")
+    (tmp_path / "vocab.txt").write_text("[PAD]\nwe\nwe")
+    with pytest.raises(TrainError, match="holds the token 'we' twice"):
+        text.tokenizer(tmp_path / "vocab.txt")
+    with pytest.raises(TrainError, match="is no file"):
+        text.tokenizer(tmp_path / "absent.txt")
+
+
+def test_a_corpus_of_lines_and_of_objects(tmp_path):
+    (tmp_path / "a.txt").write_text("\ufeffone\n\n  two \n", encoding="utf-8")
+    assert list(text.documents(tmp_path / "a.txt")) == ["one", "two"]
+    (tmp_path / "a.jsonl").write_text('{"text": "one", "id": 3}\n{"text": "t\\nwo"}\n')
+    assert list(text.documents(tmp_path / "a.jsonl")) == ["one", "t\nwo"]
+    with pytest.raises(TrainError, match=r"corpus as .txt, .jsonl or .npz, received .*a.parquet"):
+        list(text.documents(tmp_path / "a.parquet"))
+
+
+@pytest.mark.parametrize(("line", "told"), [
+    ("{", "no JSON"), ("[1]", "expected an object, received \\[1\\]"), ("{}", "a text under 'text', received None"),
+    ('{"text": 3}', "received 3"), ("[" * 100000, "no JSON"),
+])  # fmt: skip
+def test_a_line_that_is_no_text_is_named(tmp_path, line, told):
+    (tmp_path / "a.jsonl").write_text('{"text": "one"}\n' + line)
+    with pytest.raises(TrainError, match=f"line 2: .*{told}"):
+        list(text.documents(tmp_path / "a.jsonl"))
+
+
+def test_lines_and_files_are_bounded(tmp_path, monkeypatch):
+    (tmp_path / "a.txt").write_text("one\n" + "x" * 20)
+    monkeypatch.setattr(text, "LONGEST_LINE", 10)
+    with pytest.raises(TrainError, match="line 2: longer than 10 characters"):
+        list(text.documents(tmp_path / "a.txt"))
+    monkeypatch.setattr(text, "LARGEST_FILE", 10)
+    with pytest.raises(TrainError, match="24 bytes; at most 10"):
+        list(text.documents(tmp_path / "a.txt"))
+    (tmp_path / "b.txt").write_bytes(b"\xff")
+    with pytest.raises(TrainError, match="line 1: no UTF-8"):
+        list(text.documents(tmp_path / "b.txt"))
+
+
+def test_examples_from_every_kind_of_file(tmp_path):
+    expected = [text.Row('a "b"', None, "good"), text.Row("c, d", None, "bad")]
+    (tmp_path / "a.tsv").write_text('label\ttext\ngood\ta "b"\nbad\tc, d\n')
+    (tmp_path / "a.csv").write_text('text,label\n"a ""b""",good\n"c, d",bad\n')
+    lines = [json.dumps({"text": row.text, "label": row.label}) for row in expected]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    for name in ("a.tsv", "a.csv", "a.jsonl"):
+        assert text.rows(tmp_path / name) == expected
+    (tmp_path / "pair.jsonl").write_text('{"text": "a", "pair": "b", "label": 1}')
+    assert text.rows(tmp_path / "pair.jsonl") == [text.Row("a", "b", "1")]
+
+
+@pytest.mark.parametrize(("name", "held", "told"), [
+    ("a.tsv", "text\tlabel\n", "has no example"),
+    ("a.tsv", "text\tlabel\na\n", "row 2: expected the fields of the first"),
+    ("a.tsv", "text\tlabel\na\tb\tc\n", "row 2: expected the fields of the first"),
+    ("a.tsv", "text\tclass\na\tb\n", "a text under 'label', received None"),
+    ("a.csv", 'text,label\n"a', "is no table in UTF-8"),
+    ("a.jsonl", '{"text": "a", "label": true}', "under 'label', received True"),
+    ("a.jsonl", '{"text": "a", "label": "b"}\n{"text": "a", "pair": "c", "label": "b"}', "some examples have a pair"),
+    ("a.xml", "", "received .*a.xml"),
+])  # fmt: skip
+def test_files_that_are_no_examples(tmp_path, name, held, told):
+    (tmp_path / name).write_text(held)
+    with pytest.raises(TrainError, match=told):
+        text.rows(tmp_path / name)
+
+
+def test_arrays_are_checked(tmp_path):
+    file = tmp_path / "a.npz"
+    np.savez(file, a=np.ones((2, 3)), b=np.ones(2))
+    assert text.arrays(file, ("a",), ("a", "b")).keys() == {"a", "b"}
+    with pytest.raises(TrainError, match="has no c; it has a, b"):
+        text.arrays(file, ("c",), ("a", "b", "c"))
+    with pytest.raises(TrainError, match="unknown arrays b; the known ones are a"):
+        text.arrays(file, (), ("a",))
+    np.savez(file, a=np.ones((2, 3)), b=np.ones(3))
+    with pytest.raises(TrainError, match="as many rows"):
+        text.arrays(file, (), ("a", "b"))
+    np.savez(file, a=np.array([{}], dtype=object))
+    with pytest.raises(TrainError, match="no archive of plain arrays"):
+        text.arrays(file, (), ("a",))
+    file.write_bytes(b"nothing")
+    with pytest.raises(TrainError, match="no archive of plain arrays"):
+        text.arrays(file, (), ("a",))
