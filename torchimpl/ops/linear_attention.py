@@ -159,12 +159,17 @@ def normalised(
         fits = z.ndim == 3 and z.shape == (*sequences, *f)
         check.shape(operation, fits, expected, initial_normaliser=z, initial_state=initial_state)
         z = z[..., None]
-    if q_normaliser is None or k_normaliser is None:
+    # Compiled, a width of e + 1 for an open e makes Inductor fail (ValueRangeError, torch 2.13.0). There numerator and
+    # denominator are two calls as well, whose equal parts the compiler merges.
+    if (q_normaliser is None or k_normaliser is None) and not torch.compiler.is_compiling():
         S = None if z is None else torch.cat([check.island(initial_state), z], dim=-1)
         both = form(q, k, torch.cat([v, one], dim=-1), initial_state=S, **shared)
         (above, below), (state, z) = (x.split([v.shape[-1], 1], dim=-1) for x in both)
     else:
-        pair = (("q_normaliser", q_normaliser), ("k_normaliser", k_normaliser))
+        pair = (
+            ("q_normaliser", q if q_normaliser is None else q_normaliser),
+            ("k_normaliser", k if k_normaliser is None else k_normaliser),
+        )
         q_z, k_z = (check.island(check.real(operation, name, x)) for name, x in pair)
         fits = q_z.ndim == 4 and q_z.shape == k_z.shape and q_z.shape[:3] == v.shape[:3]
         check.shape(operation, fits, "both of shape (b, n, h, f)", q_normaliser=q_z, k_normaliser=k_z, v=v)
