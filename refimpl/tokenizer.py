@@ -1,29 +1,37 @@
 """Texts to token ids as BERT's Chinese models were fed: basic splitting, then WordPiece, by the `tokenizers` library.
 
-    tokenizer = Tokenizer(read_vocab("vocab.txt"), lower_case=True)
+    tokenizer = read("vocab.txt")
     tokenizer.encode("今天天气很好")     tokens, token ids, segment ids, and where each token stands in the text
+
+A vocab.txt does not tell whether texts are in lower case. tokenizer_config.json beside it may ("do_lower_case"); where
+nothing does they are, as for the released Chinese models. A tokenizer.json of Hugging Face tells all of it.
 
 A word-based model (RoFormer's 50,000 words) is given `segment`, which cuts a text into words: a word of the vocabulary
 is one token, any other goes through WordPiece.
 
 Source: arXiv:1810.04805; bert4keras (Tokenizer), whose published tables the tests hold. Special tokens that stand in a
 text, "[MASK]", are text: they are cut into their characters.
-Differs: Hugging Face's tokenizers keep special tokens whole, and print [UNK] where bert4keras prints the word.
+Differs: Hugging Face's tokenizers, those of a tokenizer.json among them, keep special tokens whole, and print [UNK]
+where bert4keras prints the word.
 """
 
 import re
 import unicodedata
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from refimpl import check
+from refimpl import check, config
 
 PAD, UNKNOWN, FIRST, SEPARATOR, MASK = SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 # A longer word is unknown as a whole.
 LONGEST_WORD = 100
+# In a model folder: the first that is there, and what it leaves open.
+JSON, VOCAB = FILES = ("tokenizer.json", "vocab.txt")
+CONFIG = "tokenizer_config.json"
 # A vocabulary beyond this is taken for another kind of file.
 LARGEST_VOCAB = 64 * 2**20
+LARGEST_JSON = 256 * 2**20
 # No space stands behind these when tokens are joined to a text, besides the marks of CJK.
 _OPENING = "+-/={(<["
 _CJK = (
@@ -35,6 +43,7 @@ _DECIMAL = re.compile(r"(\d\.) (?=\d)")
 
 Segment = Callable[[str], Sequence[str]]
 Span = tuple[int, int]
+Piece = tuple[int, Span]
 
 
 class Encoded(NamedTuple):
@@ -57,39 +66,38 @@ class Simplified(NamedTuple):
     old_ids: tuple[int, ...]
 
 
-class Tokenizer:
-    """WordPiece over a vocabulary, whose order gives the ids.
+class AnyTokenizer:
+    """What a tokenizer does, whatever cuts its words: `read` makes one of a file.
 
-    segment: cuts a text into words, which together are the text; it is given the text in lower case where lower_case.
-    Raises: DomainError for a token that stands twice and for a special token that is missing.
+    ids: of all tokens. words: cuts a text, with places; of the `tokenizers` library.
+    Raises: DomainError for a special token that is missing.
     """
 
-    def __init__(self, vocab: Sequence[str], *, lower_case: bool, segment: Segment | None = None) -> None:
-        # Loaded here, so that refimpl needs it only where there is text.
-        from tokenizers import Tokenizer as Rust
-        from tokenizers import models, normalizers, pre_tokenizers
+    def __init__(self, words: Any, ids: Mapping[str, int]) -> None:
+        self.ids, self._words = ids, words
+        self._tokens = {index: token for token, index in ids.items()}
+        absent = [token for token in (UNKNOWN, FIRST, SEPARATOR) if token not in ids]
+        check.domain("tokenizer", not absent, f"a vocabulary with {', '.join(absent)}", tokens=len(ids))
 
-        self.vocab, self.lower_case, self.segment = tuple(vocab), lower_case, segment
-        self.ids = {token: index for index, token in enumerate(self.vocab)}
-        if len(self.ids) < len(self.vocab):
-            twice = next(token for index, token in enumerate(self.vocab) if self.ids[token] != index)
-            raise check.DomainError(f"tokenizer: the token {twice!r} stands twice in the vocabulary")
-        absent = [token for token in (UNKNOWN, FIRST, SEPARATOR) if token not in self.ids]
-        check.domain("tokenizer", not absent, f"a vocabulary with {', '.join(absent)}", tokens=len(self.vocab))
-        pieces = models.WordPiece(self.ids, unk_token=UNKNOWN, max_input_chars_per_word=LONGEST_WORD)
-        self._split = Rust(pieces)
-        self._split.normalizer = normalizers.BertNormalizer(
-            clean_text=True, handle_chinese_chars=True, strip_accents=lower_case, lowercase=lower_case
-        )
-        self._split.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    def token(self, index: int) -> str:
+        """The token of an id.
 
-    def pieces(self, text: str) -> list[tuple[int, Span]]:
+        Raises: DomainError for an id that is not of the vocabulary.
+        """
+        try:
+            return self._tokens[index]
+        except KeyError:
+            raise check.DomainError(f"tokenizer.token: expected {self._range()}, received {index}") from None
+
+    def pieces(self, text: str) -> list[Piece]:
         """The ids of a text without special tokens, each with its place in the text."""
-        _check_text(text)
-        if self.segment is not None:
-            return self._segmented(text)
-        found = self._split.encode(text, add_special_tokens=False)
+        found = self._words.encode(_check_text(text), add_special_tokens=False)
         return list(zip(found.ids, found.offsets, strict=True))
+
+    def pieces_batch(self, texts: Sequence[str]) -> list[list[Piece]]:
+        """`pieces` of many texts at once, on all cores."""
+        found = self._words.encode_batch([_check_text(text) for text in texts], add_special_tokens=False)
+        return [list(zip(one.ids, one.offsets, strict=True)) for one in found]
 
     def encode(
         self,
@@ -117,41 +125,30 @@ class Tokenizer:
     ) -> list[Encoded]:
         """`encode` of many texts and pairs at once, on all cores."""
         pairs = [(given, None) if isinstance(given, str) else given for given in texts]
-        if self.segment is not None:
-            return [self.encode(*pair, max_length=max_length, truncate=truncate) for pair in pairs]
-        flat = [_check_text(text) for pair in pairs for text in pair if text is not None]
-        split = iter(self._split.encode_batch(flat, add_special_tokens=False))
+        split = iter(self.pieces_batch([text for pair in pairs for text in pair if text is not None]))
         made = []
         for pair in pairs:
-            found = [next(split) for text in pair if text is not None]
-            parts = [list(zip(one.ids, one.offsets, strict=True)) for one in found]
+            parts = [next(split) for text in pair if text is not None]
             made.append(self._joined(pair, parts, max_length, truncate))
         return made
 
     def decode(self, token_ids: Sequence[int]) -> str:
-        """A text of the tokens, without the special ones: no space around characters of CJK, none before marks.
+        """A text of the tokens, without the special ones, as a tokenizer.json says.
 
         Raises: DomainError for an id that is not of the vocabulary.
         """
-        outside = [index for index in token_ids if not 0 <= index < len(self.vocab)]
-        check.domain("tokenizer.decode", not outside, f"ids from 0 to {len(self.vocab) - 1}", received=outside[:3])
-        text = ""
-        for token in (self.vocab[index] for index in token_ids):
-            if token in SPECIAL:
-                continue
-            if token.startswith("##") and len(token) > 2:
-                text += token[2:]
-            elif len(token) == 1 and _is_mark(token):
-                text += token + " "
-            elif (len(token) == 1 and _is_cjk(token)) or (text and _is_cjk(text[-1])):
-                text += token
-            else:
-                text += " " + token
-        text = _CONTRACTION.sub(r"'\1 ", re.sub(" +", " ", text))
-        return _DECIMAL.sub(r"\1", _closed(text)).strip()
+        self._check_ids(token_ids)
+        return str(self._words.decode(list(token_ids), skip_special_tokens=True))
+
+    def _check_ids(self, token_ids: Sequence[int]) -> None:
+        outside = [index for index in token_ids if index not in self._tokens]
+        check.domain("tokenizer.decode", not outside, self._range(), received=outside[:3])
+
+    def _range(self) -> str:
+        return f"ids from {min(self._tokens)} to {max(self._tokens)}"
 
     def _joined(
-        self, texts: Sequence[str | None], parts: list[list[tuple[int, Span]]], max_length: int | None, truncate: str
+        self, texts: Sequence[str | None], parts: list[list[Piece]], max_length: int | None, truncate: str
     ) -> Encoded:
         check.domain("tokenizer.encode", truncate in ("left", "right"), "truncate left or right", truncate=truncate)
         if max_length is not None:
@@ -167,12 +164,66 @@ class Tokenizer:
         return Encoded(*(tuple(column) for column in zip(*rows, strict=True)))
 
     def _shown(self, index: int, text: str | None, span: Span) -> str:
+        """The token, as `encode` gives it."""
+        return self._tokens[index]
+
+
+class Tokenizer(AnyTokenizer):
+    """WordPiece over a vocabulary, whose order gives the ids.
+
+    segment: cuts a text into words, which together are the text; it is given the text in lower case where lower_case.
+    Raises: DomainError for a token that stands twice and for a special token that is missing.
+    """
+
+    def __init__(self, vocab: Sequence[str], *, lower_case: bool, segment: Segment | None = None) -> None:
+        library = _library()
+        self.vocab, self.lower_case, self.segment = tuple(vocab), lower_case, segment
+        ids = {token: index for index, token in enumerate(self.vocab)}
+        if len(ids) < len(self.vocab):
+            twice = next(token for index, token in enumerate(self.vocab) if ids[token] != index)
+            raise check.DomainError(f"tokenizer: the token {twice!r} stands twice in the vocabulary")
+        pieces = library.models.WordPiece(ids, unk_token=UNKNOWN, max_input_chars_per_word=LONGEST_WORD)
+        words = library.Tokenizer(pieces)
+        words.normalizer = library.normalizers.BertNormalizer(
+            clean_text=True, handle_chinese_chars=True, strip_accents=lower_case, lowercase=lower_case
+        )
+        words.pre_tokenizer = library.pre_tokenizers.BertPreTokenizer()
+        super().__init__(words, ids)
+
+    def pieces(self, text: str) -> list[Piece]:
+        return super().pieces(text) if self.segment is None else self._segmented(_check_text(text))
+
+    def pieces_batch(self, texts: Sequence[str]) -> list[list[Piece]]:
+        return super().pieces_batch(texts) if self.segment is None else [self.pieces(text) for text in texts]
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """A text of the tokens, without the special ones: no space around characters of CJK, none before marks.
+
+        Raises: DomainError for an id that is not of the vocabulary.
+        """
+        self._check_ids(token_ids)
+        text = ""
+        for token in (self.vocab[index] for index in token_ids):
+            if token in SPECIAL:
+                continue
+            if token.startswith("##") and len(token) > 2:
+                text += token[2:]
+            elif len(token) == 1 and _is_mark(token):
+                text += token + " "
+            elif (len(token) == 1 and _is_cjk(token)) or (text and _is_cjk(text[-1])):
+                text += token
+            else:
+                text += " " + token
+        text = _CONTRACTION.sub(r"'\1 ", re.sub(" +", " ", text))
+        return _DECIMAL.sub(r"\1", _closed(text)).strip()
+
+    def _shown(self, index: int, text: str | None, span: Span) -> str:
         """The token; of an unknown word the word itself."""
         if self.vocab[index] != UNKNOWN or text is None:
             return self.vocab[index]
-        return str(self._split.normalizer.normalize_str(text[slice(*span)])).strip()
+        return str(self._words.normalizer.normalize_str(text[slice(*span)])).strip()
 
-    def _segmented(self, text: str) -> list[tuple[int, Span]]:
+    def _segmented(self, text: str) -> list[Piece]:
         lowered, origin = text, list(range(len(text)))
         if self.lower_case:
             lowered = text.lower()
@@ -182,17 +233,71 @@ class Tokenizer:
         words = list(self.segment(lowered)) if self.segment else [lowered]
         if "".join(words) != lowered:
             raise check.DomainError(f"tokenizer: segment must give words that together are the text {lowered[:40]!r}")
-        found: list[tuple[int, Span]] = []
+        found: list[Piece] = []
         start = 0
         for word in words:
             if word in self.ids and word not in SPECIAL:
                 inner = [(self.ids[word], (0, len(word)))]
             else:
-                split = self._split.encode(word, add_special_tokens=False)
+                split = self._words.encode(word, add_special_tokens=False)
                 inner = list(zip(split.ids, split.offsets, strict=True))
             found += [(index, (origin[start + a], origin[start + b - 1] + 1)) for index, (a, b) in inner]
             start += len(word)
         return found
+
+
+def read(file: str | Path, *, lower_case: bool | None = None, segment: Segment | None = None) -> AnyTokenizer:
+    """The tokenizer of a tokenizer.json, or of a vocab.txt, whatever its name.
+
+    lower_case: where None, of a vocab.txt, what tokenizer_config.json beside it says.
+    Raises: OSError for a file that cannot be read; as `parsed` and `told_lower_case`.
+    """
+    path = Path(file)
+    beside = path.with_name(CONFIG)
+    if lower_case is None and path.suffix != ".json" and beside.is_file():
+        lower_case = told_lower_case(bounded(beside), str(beside))
+    return parsed(bounded(path), str(path), lower_case=lower_case, segment=segment)
+
+
+def parsed(data: bytes, where: str, *, lower_case: bool | None = None, segment: Segment | None = None) -> AnyTokenizer:
+    """The tokenizer of the bytes of a file, which is a tokenizer.json where its name ends so, else a vocab.txt.
+
+    lower_case: where None, texts of a vocab.txt are in lower case.
+    Raises: DomainError for what is no such file, for lower_case and segment with a tokenizer.json, which tells itself;
+        as Tokenizer.
+    """
+    if not where.endswith(".json"):
+        made = parsed_vocab(data, where)
+        try:
+            return Tokenizer(made, lower_case=lower_case is not False, segment=segment)
+        except check.DomainError as error:
+            raise check.DomainError(f"{error}; of {where}") from None
+    told = lower_case is None and segment is None
+    check.domain("tokenizer", told, f"no lower_case and no segment, which {where} tells itself", lower_case=lower_case)
+    library = _library()
+    try:
+        words = library.Tokenizer.from_buffer(data)
+    # What the library raises has no class of its own.
+    except Exception as error:
+        raise check.DomainError(f"tokenizer: {where} is no tokenizer.json ({error})") from None
+    words.no_padding()
+    words.no_truncation()
+    try:
+        return AnyTokenizer(words, words.get_vocab(with_added_tokens=True))
+    except check.DomainError as error:
+        raise check.DomainError(f"{error}; of {where}") from None
+
+
+def told_lower_case(data: bytes, where: str) -> bool | None:
+    """What a tokenizer_config.json says of lower case; None where it is silent.
+
+    Raises: DomainError for what is no JSON object, and for do_lower_case that is no boolean.
+    """
+    held = config.parsed(data, where)
+    check.domain("tokenizer", isinstance(held, dict), f"a JSON object in {where}", received=held)
+    told = held.get("do_lower_case")
+    check.domain("tokenizer", told is None or isinstance(told, bool), f"a boolean in {where}", do_lower_case=told)
+    return told
 
 
 def read_vocab(file: str | Path) -> tuple[str, ...]:
@@ -200,17 +305,31 @@ def read_vocab(file: str | Path) -> tuple[str, ...]:
 
     Raises: DomainError for a file that is no text in UTF-8, is too large, or has an empty line.
     """
-    path = Path(file)
-    size = path.stat().st_size
-    check.domain("tokenizer.read_vocab", size <= LARGEST_VOCAB, f"{path} of at most {LARGEST_VOCAB} bytes", bytes=size)
+    return parsed_vocab(bounded(Path(file)), str(file))
+
+
+def parsed_vocab(data: bytes, where: str) -> tuple[str, ...]:
+    """`read_vocab` of the bytes of a file."""
     try:
-        lines = path.read_text(encoding="utf-8").rstrip("\n").split("\n")
+        lines = data.decode().removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n").rstrip("\n").split("\n")
     except UnicodeDecodeError as error:
-        raise check.DomainError(f"tokenizer.read_vocab: {path} is no text in UTF-8 (byte {error.start})") from None
-    tokens = tuple(line.strip() for line in lines)
+        raise check.DomainError(f"tokenizer.read_vocab: {where} is no text in UTF-8 (byte {error.start})") from None
+    # No more than blanks: the line separator U+2028 is a token of BERT's Chinese vocabulary.
+    tokens = tuple(line.strip(" \t") for line in lines)
     empty = [number for number, token in enumerate(tokens, 1) if not token]
-    check.domain("tokenizer.read_vocab", not empty, f"a token in every line of {path}", empty_lines=empty[:3])
+    check.domain("tokenizer.read_vocab", not empty, f"a token in every line of {where}", empty_lines=empty[:3])
     return tokens
+
+
+def bounded(path: Path) -> bytes:
+    """The bytes of a file of a tokenizer.
+
+    Raises: DomainError for one that is too large; OSError for one that cannot be read.
+    """
+    largest = LARGEST_JSON if path.suffix == ".json" else LARGEST_VOCAB
+    size = path.stat().st_size
+    check.domain("tokenizer", size <= largest, f"{path} of at most {largest} bytes", bytes=size)
+    return path.read_bytes()
 
 
 def simplified(vocab: Sequence[str], *, first: Sequence[str] = SPECIAL[:4]) -> Simplified:
@@ -247,6 +366,16 @@ def greedy(words: Sequence[str]) -> Segment:
         return found
 
     return segment
+
+
+def _library() -> Any:
+    """Loaded here, so that refimpl needs it only where there is text."""
+    try:
+        import tokenizers
+    except ModuleNotFoundError as error:
+        told = "tokenizer: texts need the Python package tokenizers, which is not installed: pip install tokenizers"
+        raise ModuleNotFoundError(told, name=error.name) from None
+    return tokenizers
 
 
 def _check_text(text: Any) -> str:

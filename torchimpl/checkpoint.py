@@ -1,4 +1,5 @@
-"""A trained model as a folder: config.json, model.safetensors and manifest.json, which has the SHA-256 of both.
+"""A trained model as a folder: config.json, model.safetensors and manifest.json, which has the SHA-256 of both
+and of what belongs to the model besides, such as a vocabulary.
 
 config.json is a whole model as refimpl/model.py has it: encoder, visible, heads. The weights have the names of the
 specification, kernels (in, out).
@@ -31,6 +32,8 @@ from torchimpl import model as modules
 # heads.
 FORMAT = 2
 CONFIG, WEIGHTS, MANIFEST = "config.json", "model.safetensors", "manifest.json"
+# Vocabularies, and the like.
+LARGEST_EXTRA = 256 * 2**20
 
 
 class CheckpointError(ValueError):
@@ -53,9 +56,13 @@ def save(folder: Path, model: Model, weights: Mapping[str, Tensor], extra: Mappi
     extra: files that belong to the model, such as a vocabulary, by name; the manifest lists them too.
 
     Raises: CheckpointError for weights that `model` does not have or lacks, for another shape or a number that is not
-        finite, and where something that is no model has the name.
+        finite, for an extra file whose name is taken or leads elsewhere, and where something that is no model has the
+        name of the folder.
     """
     _check(str(folder), model, weights)
+    for name in extra or {}:
+        if name in ("", ".", "..", CONFIG, WEIGHTS, MANIFEST) or set(name) & set("/\\\0"):
+            raise CheckpointError(f"checkpoint: {folder}: no extra file can have the name {name!r}")
     held = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in weights.items()}
     files = {
         CONFIG: (json.dumps(specification.to_dict(model), indent=2) + "\n").encode(),
@@ -84,24 +91,8 @@ def load(folder: Path) -> Checkpoint:
     Raises: CheckpointError for a missing or changed file, another format, and as `save`; DomainError for a
         configuration that refimpl.model refuses.
     """
-    try:
-        manifest = json.loads((folder / MANIFEST).read_bytes())
-        found, listed = manifest["format"], manifest["files"]
-        older, newer = found < FORMAT, found > FORMAT
-    except FileNotFoundError:
-        raise CheckpointError(f"checkpoint: {folder} is no model folder: it has no {MANIFEST}") from None
-    except (ValueError, KeyError, TypeError):
-        raise CheckpointError(f"checkpoint: {folder / MANIFEST} is no manifest of a model folder") from None
-    if newer:
-        raise CheckpointError(f"checkpoint: {folder} has format {found}, this refimpl reads {FORMAT}")
-    if older:
-        raise CheckpointError(
-            f"checkpoint: {folder} has format {found} of an earlier refimpl, whose {CONFIG} tells an encoder without "
-            f"its heads. The weights have kept their names: read {WEIGHTS} with safetensors, and save them again with "
-            "torchimpl.checkpoint.save(folder, refimpl.model.Model(config, heads, visible), weights); the heads of "
-            'gau_alpha and flash were (SequenceClassifier(labels=..., pooling="mean_of_tokens"),)'
-        )
-    files = {name: _intact(folder / name, listed) for name in (CONFIG, WEIGHTS)}
+    held = _manifest(folder)
+    files = {name: _intact(folder / name, held) for name in (CONFIG, WEIGHTS)}
     model = specification.from_dict(config.parsed(files[CONFIG], str(folder / CONFIG)))
     try:
         weights = read_tensors(files[WEIGHTS])
@@ -110,7 +101,30 @@ def load(folder: Path) -> Checkpoint:
     _check(str(folder), model, weights)
     # In the order of the specification: a safetensors file has none of its own.
     ordered = {name: weights[name] for name in specification.shapes(model)}
-    return Checkpoint(model, ordered, listed[WEIGHTS]["sha256"])
+    return Checkpoint(model, ordered, held[WEIGHTS]["sha256"])
+
+
+def listed(folder: Path) -> tuple[str, ...]:
+    """The names of all files that the manifest of a model folder lists.
+
+    Raises: as `load`, for the manifest.
+    """
+    return tuple(_manifest(folder))
+
+
+def extra(folder: Path, name: str) -> bytes:
+    """A file that belongs to a model, as `save` wrote it.
+
+    Raises: CheckpointError for one that is not listed, is missing, was changed or is beyond LARGEST_EXTRA; as `load`,
+        for the manifest.
+    """
+    held = _manifest(folder)
+    if name not in held:
+        raise CheckpointError(f"checkpoint: {folder / MANIFEST} does not list {name}; it lists {', '.join(held)}")
+    file = folder / name
+    if file.is_file() and file.stat().st_size > LARGEST_EXTRA:
+        raise CheckpointError(f"checkpoint: {file} has {file.stat().st_size} bytes; at most {LARGEST_EXTRA} are read")
+    return _intact(file, held)
 
 
 def module(model: Model, weights: Mapping[str, Tensor] | None = None, **options: Any) -> modules.Model:
@@ -154,6 +168,29 @@ def _place(part: Path, folder: Path) -> None:
         raise
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def _manifest(folder: Path) -> dict[str, dict[str, Any]]:
+    """Bytes and SHA-256 of every file by name, of a folder of this format."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_bytes())
+        found = manifest["format"]
+        files = {name: {kind: told[kind] for kind in ("bytes", "sha256")} for name, told in manifest["files"].items()}
+        older, newer = found < FORMAT, found > FORMAT
+    except FileNotFoundError:
+        raise CheckpointError(f"checkpoint: {folder} is no model folder: it has no {MANIFEST}") from None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise CheckpointError(f"checkpoint: {folder / MANIFEST} is no manifest of a model folder") from None
+    if newer:
+        raise CheckpointError(f"checkpoint: {folder} has format {found}, this refimpl reads {FORMAT}")
+    if older:
+        raise CheckpointError(
+            f"checkpoint: {folder} has format {found} of an earlier refimpl, whose {CONFIG} tells an encoder without "
+            f"its heads. The weights have kept their names: read {WEIGHTS} with safetensors, and save them again with "
+            "torchimpl.checkpoint.save(folder, refimpl.model.Model(config, heads, visible), weights); the heads of "
+            'gau_alpha and flash were (SequenceClassifier(labels=..., pooling="mean_of_tokens"),)'
+        )
+    return files
 
 
 def _intact(file: Path, listed: Mapping[str, Any]) -> bytes:

@@ -63,6 +63,8 @@ def joined(device: str) -> Iterator[torch.device]:
     distributed.init_process_group("nccl" if kind == "cuda" else "gloo")
     try:
         yield own
+        # None leaves while another still talks to it: a process of gloo may abort then, at its very end.
+        distributed.barrier()
     finally:
         distributed.destroy_process_group()
 

@@ -1,12 +1,13 @@
 """Fine-tuning: classes of texts, or of pairs of texts, from the files that people have them in."""
 
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from refimpl.tokenizer import AnyTokenizer
 from torchimpl import text
 from torchimpl.run import TrainError
 from torchimpl.train import Labelled
@@ -23,7 +24,13 @@ class Data(NamedTuple):
 
 
 def read(
-    file: Path, validation: Path | None, *, tokenizer: Any = None, length: int = 512, share: float = 0.1, seed: int = 0
+    file: Path,
+    validation: Path | None,
+    *,
+    tokenizer: AnyTokenizer | None = None,
+    length: int = 512,
+    share: float = 0.1,
+    seed: int = 0,
 ) -> Data:
     """The examples of a .npz (token_ids, labels and, if need be, segment_ids, mask), or texts as in `text.rows`.
 
@@ -46,7 +53,7 @@ def read(
     return Data(held[0].take(drawn[left:].sort().values), held[0].take(drawn[:left].sort().values), classes)
 
 
-def _read(file: Path, tokenizer: Any, length: int) -> tuple[Labelled, list[str]]:
+def _read(file: Path, tokenizer: AnyTokenizer | None, length: int) -> tuple[Labelled, list[str]]:
     """Examples whose labels are yet to be numbered, and these by name."""
     if file.suffix == ".npz":
         return _arrays(text.arrays(file, ("token_ids", "labels"), ARRAYS), file)

@@ -77,6 +77,7 @@ def plotted(steps: Sequence[Step], epochs: Sequence[Epoch]) -> bytes:
     """The picture as SVG; the same numbers give the same bytes."""
     import matplotlib as mpl
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogFormatter
 
     at = [epoch.step for epoch in epochs]
     others = [name for name in epochs[0].figures if name != "loss"]
@@ -89,6 +90,10 @@ def plotted(steps: Sequence[Step], epochs: Sequence[Epoch]) -> bytes:
         left.plot(at, values, color=VALIDATION, marker="o", markersize=3, label="validation")
     positive = all(step.loss > 0 for step in steps)
     left.set(yscale="log" if positive else "linear", title="loss")
+    if positive:
+        # Where losses span less than a decade the labels are 2 and 3, not 2 x 10^0.
+        for axis in ("major", "minor"):
+            getattr(left.yaxis, f"set_{axis}_formatter")(LogFormatter(minor_thresholds=(1.5, 0.5)))
     left.legend(frameon=False, fontsize=8.5)
     for axes, name in zip(right, others, strict=True):
         axes.plot(at, [epoch.figures[name] for epoch in epochs], color=VALIDATION, marker="o", markersize=3)
@@ -112,5 +117,5 @@ def thinned(steps: Sequence[Step], points: int = POINTS) -> tuple[list[float], l
 def _style(axes: Any) -> None:
     axes.set_xlabel("step", color=SOFT, fontsize=9)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.tick_params(colors=SOFT, labelsize=8.5)
+    axes.tick_params(which="both", colors=SOFT, labelsize=8.5)
     axes.grid(axis="y", color=LINE, linewidth=0.6)

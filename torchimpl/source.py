@@ -35,7 +35,7 @@ _WEIGHTS = (
     "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json",
 )  # fmt: skip
 _SUFFIXES = {".safetensors": SAFETENSORS, ".bin": TORCH, ".pt": TORCH, ".pth": TORCH}
-CARRIED = ("vocab.txt", "tokenizer.json")
+CARRIED = ("vocab.txt", "tokenizer.json", "tokenizer_config.json")
 _SAFETENSORS_DTYPES = {
     "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32",
     "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool",

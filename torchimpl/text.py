@@ -1,4 +1,4 @@
-"""From text files to token ids: a WordPiece tokenizer, words by a segmenter, and the files that hold examples.
+"""From the files that hold examples to token ids: what a word is, windows of a corpus, rows, arrays.
 
 A segmenter is a function from a text to its words. Each word is tokenised on its own, so that no token lies in two.
 """
@@ -7,18 +7,24 @@ import csv
 import importlib
 import itertools
 import json
+import math
+import zipfile
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import numpy as np
+from numpy.lib import format as npy
 
+from refimpl.tokenizer import FIRST, PAD, SEPARATOR, AnyTokenizer
 from torchimpl.run import TrainError
 
 Segmenter = Callable[[str], Sequence[str]]
 LARGEST_FILE = 8 << 30
 LONGEST_LINE = 1 << 24
-LARGEST_TOKENIZER = 1 << 28
+# Of the arrays of an .npz together, unpacked.
+LARGEST_ARRAYS = 8 << 30
 SUFFIXES = (".jsonl", ".tsv", ".csv")
 
 
@@ -28,37 +34,6 @@ class Row(NamedTuple):
     text: str
     pair: str | None
     label: str
-
-
-def tokenizer(file: Path) -> Any:
-    """The tokenizer of a tokenizer.json, or the WordPiece tokenizer of a vocab.txt: BERT's, for lower case.
-
-    Raises: TrainError for a file that is neither, or has no [CLS], [SEP], [PAD], [MASK] and [UNK].
-    """
-    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
-
-    _check_size(file, LARGEST_TOKENIZER)
-    if file.suffix == ".json":
-        try:
-            made = Tokenizer.from_file(str(file))
-        # What the library raises has no class of its own.
-        except Exception as error:
-            raise TrainError(f"train: {file} is no tokenizer.json ({error})") from None
-        made.no_padding()
-        made.no_truncation()
-    else:
-        lines = file.read_text(encoding="utf-8").splitlines()
-        vocabulary = {token: index for index, token in enumerate(lines)}
-        if len(vocabulary) < len(lines):
-            twice = next(token for index, token in enumerate(lines) if vocabulary[token] != index)
-            raise TrainError(f"train: {file} holds the token {twice!r} twice")
-        made = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]", max_input_chars_per_word=100))
-        made.normalizer = normalizers.BertNormalizer(lowercase=True)
-        made.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    special = ("[CLS]", "[SEP]", "[PAD]", "[MASK]", "[UNK]")
-    if absent := [name for name in special if made.token_to_id(name) is None]:
-        raise TrainError(f"train: {file} has no {', '.join(absent)}")
-    return made
 
 
 def segmenter(name: str) -> Segmenter | None:
@@ -79,15 +54,15 @@ def segmenter(name: str) -> Segmenter | None:
     return found
 
 
-def pieces(text: str, tokenizer: Any, segment: Segmenter | None = None) -> tuple[list[int], list[int]]:
+def pieces(text: str, tokenizer: AnyTokenizer, segment: Segmenter | None = None) -> tuple[list[int], list[int]]:
     """The token ids of a text without [CLS] and [SEP], and which word each belongs to, from 0."""
     if segment is None:
-        found = tokenizer.encode(text, add_special_tokens=False)
-        starts = [not token.startswith("##") for token in found.tokens]
-        return found.ids, [max(number - 1, 0) for number in np.cumsum(starts).tolist()]
+        found = [index for index, _ in tokenizer.pieces(text)]
+        starts = [not tokenizer.token(index).startswith("##") for index in found]
+        return found, [max(number - 1, 0) for number in np.cumsum(starts).tolist()]
     ids: list[int] = []
     words: list[int] = []
-    encoded = [part.ids for part in tokenizer.encode_batch(list(segment(text)), add_special_tokens=False)]
+    encoded = [[index for index, _ in part] for part in tokenizer.pieces_batch(list(segment(text)))]
     for number, part in enumerate([part for part in encoded if part]):
         ids += part
         words += [number] * len(part)
@@ -95,15 +70,15 @@ def pieces(text: str, tokenizer: Any, segment: Segmenter | None = None) -> tuple
 
 
 def windows(
-    texts: Iterator[str], tokenizer: Any, length: int, segment: Segmenter | None = None
+    texts: Iterator[str], tokenizer: AnyTokenizer, length: int, segment: Segmenter | None = None
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Token ids, mask and words (n, length): every text cut into [CLS] ... [SEP], between words where that is possible.
 
-    Raises: TrainError for a length below 3, and where no text has a token.
+    Raises: TrainError for a length below 3, a tokenizer without [PAD], and where no text has a token.
     """
     if length < 3:
         raise TrainError(f"train: expected a length of 3 or more, [CLS] and [SEP] included, received {length}")
-    first, last = tokenizer.token_to_id("[CLS]"), tokenizer.token_to_id("[SEP]")
+    first, last, padding = tokenizer.ids[FIRST], tokenizer.ids[SEPARATOR], special(tokenizer, PAD)
     rows: list[tuple[list[int], list[int]]] = []
     for text in texts:
         ids, words = pieces(text, tokenizer, segment)
@@ -120,38 +95,40 @@ def windows(
             start = end
     if not rows:
         raise TrainError("train: the corpus has no token")
-    made = np.full((len(rows), length), tokenizer.token_to_id("[PAD]"), np.int32)
+    made = np.full((len(rows), length), padding, np.int32)
     mask, belongs = np.zeros((len(rows), length), np.bool_), np.full((len(rows), length), -1, np.int32)
     for index, (ids, words) in enumerate(rows):
         made[index, : len(ids)], mask[index, : len(ids)], belongs[index, : len(ids)] = ids, True, words
     return made, mask, belongs
 
 
-def encoded(rows: Sequence[Row], tokenizer: Any, length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def encoded(rows: Sequence[Row], tokenizer: AnyTokenizer, length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Token ids, segment ids and mask (n, width): [CLS] text [SEP], or [CLS] text [SEP] pair [SEP].
 
     width is that of the longest, `length` at most. What is too long loses tokens at the end of its longer part.
-    Raises: TrainError for a length below 5.
+    Raises: TrainError for a length below 5, and for a tokenizer without [PAD].
     """
     if length < 5:
         raise TrainError(f"train: expected a length of 5 or more, [CLS] and [SEP] included, received {length}")
-    first, last = tokenizer.token_to_id("[CLS]"), tokenizer.token_to_id("[SEP]")
-    made = []
-    for row in rows:
-        one = tokenizer.encode(row.text, add_special_tokens=False).ids
-        two = None if row.pair is None else tokenizer.encode(row.pair, add_special_tokens=False).ids
-        room = length - 2 - (two is not None)
-        while len(one) + len(two or []) > room:
-            (one if len(one) >= len(two or []) else two or one).pop()
-        head = [first, *one, last]
-        tail = [] if two is None else [*two, last]
-        made.append((head + tail, [0] * len(head) + [1] * len(tail)))
+    padding = special(tokenizer, PAD)
+    texts = [row.text if row.pair is None else (row.text, row.pair) for row in rows]
+    made = [(one.token_ids, one.segment_ids) for one in tokenizer.encode_batch(texts, max_length=length)]
     width = max(len(ids) for ids, _ in made)
-    token_ids = np.full((len(made), width), tokenizer.token_to_id("[PAD]"), np.int64)
+    token_ids = np.full((len(made), width), padding, np.int64)
     segment_ids, mask = np.zeros_like(token_ids), np.zeros(token_ids.shape, np.bool_)
     for index, (ids, segments) in enumerate(made):
         token_ids[index, : len(ids)], segment_ids[index, : len(ids)], mask[index, : len(ids)] = ids, segments, True
     return token_ids, segment_ids, mask
+
+
+def special(tokenizer: AnyTokenizer, token: str) -> int:
+    """The id of [PAD] or [MASK], which a tokenizer may lack.
+
+    Raises: TrainError where it does.
+    """
+    if token not in tokenizer.ids:
+        raise TrainError(f"train: the tokenizer has no {token}")
+    return tokenizer.ids[token]
 
 
 def documents(file: Path) -> Iterator[str]:
@@ -187,22 +164,67 @@ def rows(file: Path) -> list[Row]:
 def arrays(file: Path, required: Sequence[str], known: Sequence[str]) -> dict[str, np.ndarray]:
     """The arrays of an .npz, all with as many rows.
 
-    Raises: TrainError for a missing or unknown array, one that holds objects, and rows that differ in number.
+    All headers are looked at before an array is made, so that a small file cannot ask for a large memory.
+    Raises: TrainError for a missing or unknown array, one that holds objects or is larger than its file says, more than
+        LARGEST_ARRAYS bytes in all, and rows that differ in number.
     """
     _check_size(file, LARGEST_FILE)
     try:
-        with np.load(file, allow_pickle=False) as held:
-            found = {name: held[name] for name in held.files}
-    except (ValueError, OSError) as error:
+        with zipfile.ZipFile(file) as held:
+            members = _members(file, held, required, known)
+            found = {name: _array(held, member) for name, member in members.items()}
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError) as error:
+        if isinstance(error, TrainError):
+            raise
         raise TrainError(f"train: {file} is no archive of plain arrays ({error})") from None
-    if missing := [name for name in required if name not in found]:
-        raise TrainError(f"train: {file} has no {', '.join(missing)}; it has {', '.join(found) or 'nothing'}")
-    if unknown := [name for name in found if name not in known]:
+    return found
+
+
+def _members(
+    file: Path, held: zipfile.ZipFile, required: Sequence[str], known: Sequence[str]
+) -> dict[str, zipfile.ZipInfo]:
+    """What of an .npz holds which array, by the headers alone."""
+    listed = held.infolist()
+    members = {member.filename.removesuffix(".npy"): member for member in listed}
+    if missing := [name for name in required if name not in members]:
+        raise TrainError(f"train: {file} has no {', '.join(missing)}; it has {', '.join(members) or 'nothing'}")
+    if unknown := [name for name in members if name not in known]:
         raise TrainError(f"train: {file}: unknown arrays {', '.join(unknown)}; the known ones are {', '.join(known)}")
-    sizes = {name: array.shape for name, array in found.items()}
+    if len(members) < len(listed):
+        raise TrainError(f"train: {file} has two arrays of one name")
+    total = sum(member.file_size for member in listed)
+    if total > LARGEST_ARRAYS:
+        raise TrainError(f"train: {file} has {total} bytes of arrays; at most {LARGEST_ARRAYS} are read")
+    sizes = {name: _shape(held, member) for name, member in members.items()}
     if len({shape[:1] for shape in sizes.values()}) > 1 or () in sizes.values():
         raise TrainError(f"train: {file}: expected arrays with as many rows, received {sizes}")
-    return found
+    return members
+
+
+def _shape(held: zipfile.ZipFile, member: zipfile.ZipInfo) -> tuple[int, ...]:
+    """The shape that the header of an array tells, where the archive holds as many bytes as it needs."""
+    with held.open(member) as opened:
+        shape, dtype = _header(opened)
+        left = member.file_size - opened.tell()
+    if dtype.hasobject:
+        raise ValueError(f"{member.filename} holds objects")
+    due = math.prod(shape) * dtype.itemsize
+    if due != left:
+        raise ValueError(f"{member.filename}: {shape} of {dtype} are {due} bytes, received {left}")
+    return shape
+
+
+def _header(opened: IO[bytes]) -> tuple[tuple[int, ...], np.dtype]:
+    version = npy.read_magic(opened)
+    if version not in ((1, 0), (2, 0)):
+        raise ValueError(f"version {version} of .npy, of which plain arrays have no need")
+    shape, _, dtype = (npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0)(opened)
+    return shape, dtype
+
+
+def _array(held: zipfile.ZipFile, member: zipfile.ZipInfo) -> np.ndarray:
+    with held.open(member) as opened:
+        return np.asarray(npy.read_array(opened, allow_pickle=False))
 
 
 def _objects(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:

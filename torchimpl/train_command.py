@@ -12,7 +12,6 @@ from rich.console import Console
 from rich.markup import escape
 
 if TYPE_CHECKING:
-    from torchimpl.run import Epoch
     from torchimpl.train import Fitted, Progress
     from torchimpl.training import Request
 
@@ -35,9 +34,15 @@ refimpl train finetune MODEL reviews.tsv out/reviews --tokenizer vocab.txt
 refimpl train mlm model.json corpus.txt out/mlm --tokenizer vocab.txt --segmenter jieba
 torchrun --nproc-per-node 2 -m refimpl.cli train mlm MODEL corpus.npz out/mlm
 
+\b
+[bold]Where no option says otherwise[/bold]
+finetune  3 epochs, batches of 32, adamw, rate 3e-05
+mlm       1 epoch, batches of 256, lamb, rate 0.00176
+causal    1 epoch, batches of 64, adamw, rate 0.0003
+
 A run that was stopped, by Ctrl-C or by a crash, goes on where it was when the same command is given again, with the \
-numbers that it would have had. OUT/model is the model of the best evaluation, ready for `refimpl export`; OUT/run has \
-steps.csv, epochs.csv and loss.svg."""
+numbers that it would have had. OUT/model is the model of the best evaluation with its tokenizer, ready for \
+`refimpl export` and as the next MODEL; OUT/run has steps.csv, epochs.csv and loss.svg."""
 DATA = """finetune: .jsonl, .tsv or .csv with text, label and, for pairs, pair; or .npz with token_ids, labels, \
 segment_ids, mask. mlm, causal: .txt (a text a line), .jsonl with text; or .npz with token_ids, mask, words."""
 FIELDS = "JSON with fields of torchimpl.train.TrainConfig; options on the command line override it."
@@ -59,7 +64,9 @@ def option(metavar: str | None, words: str, panel: str, *names: str) -> Any:
 
 # A path is no literal that could stand in the signature.
 VALIDATION = option("FILE", "What evaluations are on, a file as DATA.", "Data")
-TOKENIZER = option("FILE", "tokenizer.json or vocab.txt; looked for in MODEL otherwise.", "Data")
+TOKENIZER = option("FILE", "tokenizer.json, or a vocab.txt of any name; looked for in MODEL otherwise.", "Data")
+CASED = """Whether texts of a vocab.txt keep their case. Else tokenizer_config.json beside it decides; without that, \
+they are put in lower case, as for the released Chinese models."""
 RECIPE = option("FILE", FIELDS, "Recipe")
 
 
@@ -78,8 +85,9 @@ def train(
     validation: Path | None = VALIDATION,
     hold_out: float | None = option("SHARE", "Without --validation: the share of DATA held out (0.1).", "Data"),
     tokenizer: Path | None = TOKENIZER,
+    cased: bool | None = option(None, CASED, "Data", "--cased/--lower-case"),
     length: int | None = option("N", "The most tokens of a text (128).", "Data"),
-    segmenter: str | None = option("NAME", "Of words: wordpiece, jieba or module:function.", "Data"),
+    segmenter: str | None = option("NAME", "What a word is: wordpiece, jieba or module:function.", "Data"),
     mask_id: int | None = option("ID", "Of [MASK], where DATA is .npz and no tokenizer is given.", "Data"),
     recipe: Path | None = RECIPE,
     epochs: int | None = option("N", "Times through the data.", "Recipe"),
@@ -110,10 +118,8 @@ def train(
     try:
         _train(given)
     except KeyboardInterrupt:
-        errors.print(
-            f"refimpl: stopped; the same command goes on from the last state saved in {escape(str(out / 'run'))}",
-            soft_wrap=True,
-        )
+        # While all that is needed was being loaded.
+        errors.print("refimpl: stopped before anything was trained")
         raise typer.Exit(130) from None
 
 
@@ -132,8 +138,20 @@ def _train(given: dict[str, Any]) -> None:
     except (TrainError, CheckpointError, LoraError, SpecError, OSError) as error:
         errors.print(f"[red]refimpl:[/red] {escape(str(error))}", soft_wrap=True)
         raise typer.Exit(2) from None
+    except KeyboardInterrupt:
+        if _first():
+            errors.print(escape(_stopped(given["out"], training.saved_step(given["out"]))), soft_wrap=True)
+        raise typer.Exit(130) from None
     if _first():
         _conclude(request, fitted)
+
+
+def _stopped(out: Path, step: int) -> str:
+    if step:
+        return (
+            f"refimpl: stopped; {out / 'run'} has the state after step {step}, and the same command goes on from there"
+        )
+    return "refimpl: stopped before a state was saved; the same command begins anew (--save-every N saves more often)"
 
 
 def _request(given: dict[str, Any]) -> "Request":
@@ -192,12 +210,10 @@ def said(now: "Progress") -> str:
 
 
 def _conclude(request: "Request", fitted: "Fitted") -> None:
-    console.print(f"best: {_figures(fitted.best)}, at step {fitted.best.step} of {len(fitted.steps)}", soft_wrap=True)
+    from torchimpl.training import figures
+
+    console.print(f"best: {figures(fitted.best)}, at step {fitted.best.step} of {len(fitted.steps)}", soft_wrap=True)
     console.print(f"{escape(str(request.out / 'model'))}: the model of that step", soft_wrap=True)
-
-
-def _figures(epoch: "Epoch") -> str:
-    return ", ".join(f"{name} {value:.4f}" for name, value in epoch.figures.items())
 
 
 def _first() -> bool:

@@ -1,28 +1,31 @@
 """A training as people ask for it: a task, a model, files and a recipe; the run, and the model folder that it leaves.
 
 OUT/run/     state, tables, loss.svg, events: torchimpl/run.py and journal.py
-OUT/model/   the best weights as a model folder
+OUT/model/   the best weights as a model folder, with the tokenizer
 OUT/classes.json, OUT/adapter/   the names of the classes; the adapter alone, as PEFT has it
 """
 
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import numpy as np
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
 from refimpl import check, config
-from torchimpl import checkpoint, distributed, finetune, journal, lora, pretrain, text, train
+from refimpl.tokenizer import MASK, AnyTokenizer
+from torchimpl import checkpoint, distributed, finetune, journal, lora, pretrain, text, train, vocabulary
 from torchimpl import model as modules
 from torchimpl import start as starting
-from torchimpl.run import Journal, TrainError
+from torchimpl.run import STATE, Epoch, Journal, Step, TrainError
 from torchimpl.task import Task
+from torchimpl.vocabulary import Vocabulary
 
 TASKS = ("finetune", "mlm", "causal")
 # What a run does that is told nothing else. LAMB's rate and missing bias correction are RoFormerV2's.
@@ -46,8 +49,11 @@ LORA_TARGETS = {
     "roformer": ("w_q", "w_v"), "roformer_v2": ("w_q", "w_v"), "gau_alpha": ("w_in", "w_out"),
     "flash": ("w_in", "w_out"),
 }  # fmt: skip
-TOKENIZERS = ("tokenizer.json", "vocab.txt")
 CORPUS_ARRAYS = ("token_ids", "mask", "words")
+
+
+# What other tasks have no use for is refused, not ignored.
+_OF_TASKS = {"pooling": ("finetune",), "mask_id": ("mlm",), "segmenter": ("mlm", "causal")}
 
 
 @dataclass(frozen=True)
@@ -55,7 +61,8 @@ class Request:
     """What to train on what.
 
     model: a model folder, or the JSON file of a model for new weights. validation: another file of the kind of `data`;
-    without it, the share `hold_out` of the data. lora_rank: 0 to train all weights. dropout: instead of 0.1.
+    without it, the share `hold_out` of the data. cased: None for what the tokenizer's folder says, else lower case.
+    segmenter: "" for wordpiece. lora_rank: 0 to train all weights. dropout: instead of 0.1.
     pooling: of the classifier; "" for that of the model, or the mean of the tokens.
     """
 
@@ -67,8 +74,9 @@ class Request:
     validation: Path | None = None
     hold_out: float = 0.1
     tokenizer: Path | None = None
+    cased: bool | None = None
     length: int = 128
-    segmenter: str = "wordpiece"
+    segmenter: str = ""
     mask_id: int | None = None
     pooling: str = ""
     dropout: float | None = None
@@ -86,6 +94,9 @@ class Request:
             op, self.dropout is None or 0 <= self.dropout < 1, "dropout from 0 to below 1", dropout=self.dropout
         )
         check.domain(op, self.lora_rank >= 0, "lora_rank >= 0", lora_rank=self.lora_rank)
+        for name, tasks in _OF_TASKS.items():
+            given, fits = getattr(self, name), self.task in tasks
+            check.domain(op, fits or given in (None, ""), f"{name} with {' or '.join(tasks)} alone", task=self.task)
         fits = not (self.lora_rank and self.recipe.parallel == "fsdp")
         check.domain(op, fits, "parallel ddp with adapters", parallel=self.recipe.parallel)
 
@@ -117,26 +128,75 @@ def run(
 ) -> train.Fitted:
     """Train what the request asks for, or go on with it, and leave the best weights as a model folder.
 
-    told: receives a line about what is trained. Every process of torchrun calls this alike.
+    told: receives lines about what is trained and about every evaluation. Every process of torchrun calls this alike.
     Raises: TrainError, CheckpointError, DomainError and LoraError, each in words for a person.
     """
     with distributed.joined(request.device) as device:
         source = starting.read(request.model)
-        tokenizer = _tokenizer(request)
+        words = vocabulary.find(request.tokenizer, request.model, request.cased)
+        tokenizer = words.tokenizer() if words is not None and _reads(request) else None
         model, task, classes = _PREPARED[request.task](request, source, tokenizer)
         module = starting.start(source, model, seed=request.recipe.seed, dropout=request.dropout)
         if request.lora_rank:
             _adapt(request, module)
         told(_summary(request, module, task, device))
-        logs: list[Journal] = [journal.Plot(request.out / "run"), *_events(request)]
+        logs: list[Journal] = [
+            _Told(told, request.recipe.steps(task.size)),
+            journal.Plot(request.out / "run"),
+            *_events(request),
+        ]
         task = dataclasses.replace(task, origin={**task.origin, **_origin(request, source)})
         fitted = train.fit(module, task, request.recipe, request.out / "run", progress, logs, device=device)
         if distributed.place().first:
-            _keep(request, module, fitted, classes)
+            _keep(request, module, fitted, classes, words)
     return fitted
 
 
-def _finetune(request: Request, source: starting.Source, tokenizer: Any) -> Any:
+def figures(epoch: Epoch) -> str:
+    """The figures of an evaluation, for people."""
+    return ", ".join(f"{name} {value:.4f}" for name, value in epoch.figures.items())
+
+
+class _Told:
+    """A log of the evaluations, for who sits before it."""
+
+    def __init__(self, told: Callable[[str], None], total: int) -> None:
+        self.told, self.total = told, total
+
+    def begin(self, steps: Sequence[Step], epochs: Sequence[Epoch]) -> None:
+        if steps:
+            self.told(f"going on after step {len(steps)} of {self.total}")
+
+    def step(self, step: Step) -> None:
+        pass
+
+    def evaluated(self, steps: Sequence[Step], epochs: Sequence[Epoch]) -> None:
+        last = epochs[-1]
+        self.told(f"epoch {last.epoch}, step {last.step}: {figures(last)} (validation)")
+
+    def flush(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+def saved_step(out: Path) -> int:
+    """The step behind which the last state of a run was saved; 0 where there is none."""
+    file = out / "run" / STATE
+    if not file.is_file():
+        return 0
+    with safe_open(file, "pt") as held:
+        return int(held.get_slice("steps").get_shape()[0])
+
+
+def _reads(request: Request) -> bool:
+    """Whether there are texts; arrays need a tokenizer for the id of [MASK] at most."""
+    files = [file for file in (request.data, request.validation) if file is not None]
+    return any(file.suffix != ".npz" for file in files) or (request.task == "mlm" and request.mask_id is None)
+
+
+def _finetune(request: Request, source: starting.Source, tokenizer: AnyTokenizer | None) -> Any:
     share, seed = request.hold_out, request.recipe.seed
     data = finetune.read(
         request.data, request.validation, tokenizer=tokenizer, length=request.length, share=share, seed=seed
@@ -150,31 +210,28 @@ def _finetune(request: Request, source: starting.Source, tokenizer: Any) -> Any:
     return model, dataclasses.replace(task, origin=origin), data.classes
 
 
-def _mlm(request: Request, source: starting.Source, tokenizer: Any) -> Any:
+def _mlm(request: Request, source: starting.Source, tokenizer: AnyTokenizer | None) -> Any:
     learnt, judged = _corpora(request, tokenizer)
     _check_ids(request.data, "token_ids", (learnt.token_ids, judged.token_ids), source.model.config.vocab_size)
-    mask_id = request.mask_id if tokenizer is None else tokenizer.token_to_id("[MASK]")
-    if mask_id is None:
-        raise TrainError("train: arrays do not tell the id of [MASK]: give --mask-id, or the tokenizer")
-    rule = pretrain.Masking(mask_id, source.model.config.vocab_size)
+    rule = pretrain.Masking(_mask_id(request, tokenizer), source.model.config.vocab_size)
     task = pretrain.masked_lm(learnt, judged, rule)
     origin = {"data": _hash([*learnt, *judged]), "masking": dataclasses.asdict(rule)}
     return starting.language_model(source.model, "bidirectional"), dataclasses.replace(task, origin=origin), ()
 
 
-def _causal(request: Request, source: starting.Source, tokenizer: Any) -> Any:
+def _causal(request: Request, source: starting.Source, tokenizer: AnyTokenizer | None) -> Any:
     learnt, judged = _corpora(request, tokenizer)
     _check_ids(request.data, "token_ids", (learnt.token_ids, judged.token_ids), source.model.config.vocab_size)
     task = dataclasses.replace(pretrain.causal_lm(learnt, judged), origin={"data": _hash([*learnt, *judged])})
     return starting.language_model(source.model, "causal"), task, ()
 
 
-_PREPARED: Mapping[str, Callable[[Request, starting.Source, Any], Any]] = {
+_PREPARED: Mapping[str, Callable[[Request, starting.Source, AnyTokenizer | None], Any]] = {
     "finetune": _finetune, "mlm": _mlm, "causal": _causal,
 }  # fmt: skip
 
 
-def _corpora(request: Request, tokenizer: Any) -> tuple[pretrain.Corpus, pretrain.Corpus]:
+def _corpora(request: Request, tokenizer: AnyTokenizer | None) -> tuple[pretrain.Corpus, pretrain.Corpus]:
     learnt = _corpus(request.data, request, tokenizer)
     if request.validation is not None:
         return learnt, _corpus(request.validation, request, tokenizer)
@@ -188,22 +245,26 @@ def _corpora(request: Request, tokenizer: Any) -> tuple[pretrain.Corpus, pretrai
     return one, two
 
 
-def _corpus(file: Path, request: Request, tokenizer: Any) -> pretrain.Corpus:
+def _corpus(file: Path, request: Request, tokenizer: AnyTokenizer | None) -> pretrain.Corpus:
     if file.suffix == ".npz":
         held = {name: torch.from_numpy(a) for name, a in text.arrays(file, ("token_ids",), CORPUS_ARRAYS).items()}
         return pretrain.corpus(held["token_ids"], held.get("mask"), held.get("words"))
     if tokenizer is None:
         raise TrainError(f"train: {file} holds texts, for which a tokenizer is needed: tokenizer.json or vocab.txt")
-    segment = text.segmenter(request.segmenter)
+    segment = text.segmenter(request.segmenter or "wordpiece")
     made = text.windows(text.documents(file), tokenizer, request.length, segment)
     return pretrain.corpus(*(torch.from_numpy(array) for array in made))
 
 
-def _tokenizer(request: Request) -> Any:
-    """The tokenizer that is named, or the one in the model folder; None without either."""
-    beside = [request.model / name for name in TOKENIZERS if (request.model / name).is_file()]
-    file = request.tokenizer or next(iter(beside), None)
-    return None if file is None else text.tokenizer(file)
+def _mask_id(request: Request, tokenizer: AnyTokenizer | None) -> int:
+    if tokenizer is None:
+        if request.mask_id is None:
+            raise TrainError("train: arrays do not tell the id of [MASK]: give --mask-id, or the tokenizer")
+        return request.mask_id
+    found = text.special(tokenizer, MASK)
+    if request.mask_id not in (None, found):
+        raise TrainError(f"train: {MASK} has the id {found} in the tokenizer, received --mask-id {request.mask_id}")
+    return found
 
 
 def _check_ids(file: Path, name: str, ids: Iterable[Tensor | None], size: int) -> None:
@@ -255,13 +316,16 @@ def _origin(request: Request, source: starting.Source) -> dict[str, Any]:
     }
 
 
-def _keep(request: Request, module: modules.Model, fitted: train.Fitted, classes: Iterable[str]) -> None:
+def _keep(
+    request: Request, module: modules.Model, fitted: train.Fitted, classes: Iterable[str], words: Vocabulary | None
+) -> None:
     weights: Mapping[str, Tensor] = fitted.weights
     if request.lora_rank:
         module.load_state_dict(fitted.weights)
         lora.save(module, request.out / "adapter")
         weights = lora.merged_weights(module)
-    checkpoint.save(request.out / "model", module.specification, modules.flat(module.specification, weights))
+    held = modules.flat(module.specification, weights)
+    checkpoint.save(request.out / "model", module.specification, held, words.files() if words else None)
     names = list(classes)
     if names:
         checkpoint.write(request.out / "classes.json", (json.dumps(names, ensure_ascii=False) + "\n").encode())

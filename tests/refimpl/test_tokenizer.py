@@ -1,13 +1,15 @@
-"""refimpl.tokenizer against bert4keras' published tables, and its laws on any text."""
+"""refimpl.tokenizer against bert4keras' published tables, its laws on any text, and the files that it reads."""
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
+import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
 
-from refimpl import tokenizer
+from refimpl import cli, tokenizer
 from refimpl.check import DomainError
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "b4k_tokenizer"
@@ -135,3 +137,115 @@ def test_lines_may_end_as_windows_writes_them(tmp_path) -> None:
     file = tmp_path / "vocab.txt"
     file.write_bytes("[PAD]\r\n今\r\n".encode())
     assert tokenizer.read_vocab(file) == ("[PAD]", "今")
+
+
+TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "we", "run", "##ning", "We", "天"]
+
+
+def vocab_file(folder: Path, tokens=TOKENS, name="vocab.txt") -> Path:
+    (folder / name).write_text("\n".join(tokens), encoding="utf-8")
+    return folder / name
+
+
+def json_file(folder: Path, tokens=TOKENS, *, lower_case=True) -> Path:
+    """As Hugging Face's BertTokenizerFast saves one: special tokens are added tokens, with padding and truncation."""
+    ids = {token: index for index, token in enumerate(tokens)}
+    held = tokenizers.Tokenizer(tokenizers.models.WordPiece(ids, unk_token="[UNK]"))
+    held.normalizer = tokenizers.normalizers.BertNormalizer(lowercase=lower_case)
+    held.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
+    held.decoder = tokenizers.decoders.WordPiece()
+    held.add_special_tokens([token for token in tokens if token.startswith("[")])
+    held.enable_padding(length=9)
+    held.enable_truncation(3)
+    held.save(str(folder / "tokenizer.json"))
+    return folder / "tokenizer.json"
+
+
+def test_the_line_separator_is_a_token_of_berts_chinese_vocabulary(tmp_path) -> None:
+    file = vocab_file(tmp_path, [*TOKENS, "\u2028", "##\u2028", "\u00a0", "b"])
+    assert tokenizer.read_vocab(file) == (*TOKENS, "\u2028", "##\u2028", "\u00a0", "b")
+    file.write_bytes("\ufeff[PAD]\r今 \r\n".encode())
+    assert tokenizer.read_vocab(file) == ("[PAD]", "今")
+
+
+def test_both_files_give_the_same_ids_and_places(tmp_path) -> None:
+    one, two = tokenizer.read(vocab_file(tmp_path)), tokenizer.read(json_file(tmp_path))
+    assert type(two) is tokenizer.AnyTokenizer and two.ids == {token: index for index, token in enumerate(TOKENS)}
+    for made in (one, two):
+        assert made.pieces("We running 天") == [(5, (0, 2)), (6, (3, 6)), (7, (6, 10)), (9, (11, 12))]
+        assert made.encode("We", "天", max_length=5).token_ids == (2, 5, 3, 9, 3)
+        assert made.encode_batch(["we running", ("we", "天天")], max_length=5)[1].segment_ids == (0, 0, 0, 1, 1)
+        assert made.pieces_batch(["天", "", "we"]) == [[(9, (0, 1))], [], [(5, (0, 2))]]
+        assert [made.token(index) for index in (0, 7, 9)] == ["[PAD]", "##ning", "天"]
+        assert made.decode([2, 6, 7, 3]) == "running"
+        for wrong in (10, -1):
+            with pytest.raises(DomainError, match=f"ids from 0 to 9, received {wrong}"):
+                made.token(wrong)
+            with pytest.raises(DomainError, match=rf"ids from 0 to 9, received received=\[{wrong}\]"):
+                made.decode([3, wrong])
+        with pytest.raises(DomainError, match="expected a text"):
+            made.pieces(3)
+    # The one takes special tokens in a text for text, the other does not; and an unknown word is told or not.
+    assert one.pieces("[SEP]")[0][0] != 3 and two.pieces("[SEP]") == [(3, (0, 5))]
+    assert (one.encode("cat").tokens[1], two.encode("cat").tokens[1]) == ("cat", "[UNK]")
+
+
+def test_added_tokens_are_tokens(tmp_path) -> None:
+    held = tokenizers.Tokenizer.from_file(str(json_file(tmp_path)))
+    held.add_tokens(["天气"])
+    held.save(str(tmp_path / "tokenizer.json"))
+    made = tokenizer.read(tmp_path / "tokenizer.json")
+    assert made.encode("天天气").token_ids == (2, 9, 10, 3) and made.token(10) == "天气"
+
+
+def test_who_says_what_is_in_lower_case(tmp_path) -> None:
+    file, beside = vocab_file(tmp_path, name="words.txt"), tmp_path / "tokenizer_config.json"
+    lower, cased = TOKENS.index("we"), TOKENS.index("We")
+
+    def found(**given) -> int:
+        return tokenizer.read(file, **given).pieces("We")[0][0]
+
+    assert (found(), found(lower_case=False)) == (lower, cased)
+    for told, expected in (("{}", lower), ('{"do_lower_case": true}', lower), ('{"do_lower_case": false}', cased)):
+        beside.write_text(told)
+        assert found() == expected
+    assert found(lower_case=True) == lower
+    for wrong, words in (("[]", "a JSON object"), ('{"do_lower_case": "no"}', "a boolean in"), ("{", "is no JSON")):
+        beside.write_text(wrong)
+        with pytest.raises(DomainError, match=words):
+            found()
+    # A tokenizer.json tells itself, whatever lies beside it.
+    assert tokenizer.read(json_file(tmp_path, lower_case=False)).pieces("We")[0][0] == cased
+    with pytest.raises(DomainError, match=r"no lower_case and no segment, which .*tokenizer\.json tells itself"):
+        tokenizer.read(tmp_path / "tokenizer.json", lower_case=True)
+    with pytest.raises(DomainError, match="no lower_case and no segment"):
+        tokenizer.read(tmp_path / "tokenizer.json", segment=list)
+    assert tokenizer.read(file, lower_case=True, segment=lambda text: [text]).pieces("running") != []
+
+
+def test_files_that_are_none_are_named(tmp_path, monkeypatch) -> None:
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(DomainError, match=r"tokenizer\.json is no tokenizer\.json"):
+        tokenizer.read(tmp_path / "tokenizer.json")
+    for made in (vocab_file, json_file):
+        with pytest.raises(
+            DomainError, match=r"a vocabulary with \[CLS\], \[SEP\], received tokens=3; of .*/\w+\.\w+$"
+        ):
+            tokenizer.read(made(tmp_path, ["[PAD]", "[UNK]", "we"]))
+    with pytest.raises(DomainError, match=r"'we' stands twice in the vocabulary; of .*vocab\.txt"):
+        tokenizer.read(vocab_file(tmp_path, [*TOKENS, "we"]))
+    with pytest.raises(FileNotFoundError):
+        tokenizer.read(tmp_path / "absent.txt")
+    monkeypatch.setattr(tokenizer, "LARGEST_VOCAB", 4)
+    with pytest.raises(DomainError, match=r"vocab\.txt of at most 4 bytes, received bytes="):
+        tokenizer.read(tmp_path / "vocab.txt")
+
+
+def test_the_package_that_is_missing_is_named_with_what_to_do(monkeypatch, capsys) -> None:
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    with pytest.raises(
+        ModuleNotFoundError, match="tokenizers, which is not installed: pip install tokenizers"
+    ) as raised:
+        tokenizer.Tokenizer(VOCAB, lower_case=True)
+    # By this name the command line finds the extra.
+    assert raised.value.name == "tokenizers" and cli._extra_that_brings("tokenizers") == "train"

@@ -107,6 +107,32 @@ def test_a_save_that_is_stopped_leaves_the_old_model(folder, monkeypatch, place,
     assert torch.equal(checkpoint.load(folder).weights["layers.0.w_in"], weights()["layers.0.w_in"])
 
 
+def test_what_belongs_to_a_model_is_kept_and_verified(folder, monkeypatch):
+    checkpoint.save(folder, GAU, weights(), {"vocab.txt": b"one\ntwo\n"})
+    assert checkpoint.listed(folder) == ("config.json", "model.safetensors", "vocab.txt")
+    assert checkpoint.extra(folder, "vocab.txt") == b"one\ntwo\n"
+    # Another one is a damaged model's, and one that nobody listed is nobody's.
+    (folder / "vocab.txt").write_bytes(b"two\none\n")
+    with pytest.raises(CheckpointError, match=r"vocab\.txt is not the file that was written: 8 bytes, expected 8 with"):
+        checkpoint.extra(folder, "vocab.txt")
+    (folder / "merges.txt").write_bytes(b"")
+    with pytest.raises(CheckpointError, match=r"does not list merges\.txt; it lists config\.json, .*, vocab\.txt"):
+        checkpoint.extra(folder, "merges.txt")
+    monkeypatch.setattr(checkpoint, "LARGEST_EXTRA", 7)
+    with pytest.raises(CheckpointError, match=r"vocab\.txt has 8 bytes; at most 7"):
+        checkpoint.extra(folder, "vocab.txt")
+    (folder / "vocab.txt").unlink()
+    with pytest.raises(CheckpointError, match=r"vocab\.txt is missing"):
+        checkpoint.extra(folder, "vocab.txt")
+
+
+@pytest.mark.parametrize("name", ["config.json", "manifest.json", "model.safetensors", "../a", "a/b", "a\\b", "..", ""])
+def test_an_extra_file_has_a_name_of_its_own_in_the_folder(tmp_path, name):
+    with pytest.raises(CheckpointError, match="no extra file can have the name"):
+        checkpoint.save(tmp_path / "model", GAU, weights(), {name: b""})
+    assert not list(tmp_path.iterdir())
+
+
 def test_missing_and_unknown_weights_are_named(tmp_path):
     wrong = weights()
     wrong["extra.bias"] = wrong.pop("layers.1.gamma_q")
@@ -143,7 +169,10 @@ def test_a_changed_file_is_named(folder, name, change):
         checkpoint.load(folder)
 
 
-@pytest.mark.parametrize("text", ["", "[]", '{"format": "x", "files": {}}', "nonsense"])
+@pytest.mark.parametrize("text", [
+    "", "[]", '{"format": "x", "files": {}}', "nonsense", '{"format": 2, "files": 3}',
+    '{"format": 2, "files": {"config.json": 3}}', '{"format": 2, "files": {"config.json": {"bytes": 3}}}', "[" * 100000,
+])  # fmt: skip
 def test_a_manifest_that_is_none_is_refused(folder, text):
     (folder / "manifest.json").write_text(text)
     with pytest.raises(CheckpointError, match="is no manifest"):

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from torchimpl import finetune, text
+from refimpl import tokenizer as tokenizers
+from torchimpl import finetune
 from torchimpl.run import TrainError
 
 
@@ -76,7 +77,7 @@ def test_texts_need_a_tokenizer_and_something_to_hold_out(tmp_path):
 def test_texts_are_read(tmp_path):
     (tmp_path / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "one", "two"]))
     (tmp_path / "a.tsv").write_text("text\tpair\tlabel\none\ttwo two\tyes\ntwo\tone\tno\none\tone\tno\n")
-    data = finetune.read(tmp_path / "a.tsv", tmp_path / "a.tsv", tokenizer=text.tokenizer(tmp_path / "vocab.txt"))
+    data = finetune.read(tmp_path / "a.tsv", tmp_path / "a.tsv", tokenizer=tokenizers.read(tmp_path / "vocab.txt"))
     assert data.classes == ("no", "yes")
     assert data.train.token_ids.tolist() == [[2, 5, 3, 6, 6, 3], [2, 6, 3, 5, 3, 0], [2, 5, 3, 5, 3, 0]]
     assert data.train.labels.tolist() == [1, 0, 0]

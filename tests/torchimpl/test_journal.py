@@ -80,3 +80,10 @@ def test_many_steps_are_thinned_to_means():
     steps, losses = journal.thinned(STEPS, points=3)
     assert steps == [2, 5, 7]
     assert losses == pytest.approx([(1 + 1 / 2 + 1 / 3) / 3, (1 / 4 + 1 / 5 + 1 / 6) / 3, 1 / 7])
+
+
+def test_losses_within_a_decade_are_labelled_as_people_write_them():
+    pytest.importorskip("matplotlib", reason="pip install 'refimpl[train]'")
+    steps = [step._replace(loss=3.2 - step.step / 5) for step in STEPS]
+    picture = journal.plotted(steps, [Epoch(1, 3, 2.5, {"loss": 2.6})]).decode()
+    assert "<!-- 2 -->" in picture and "<!-- 3 -->" in picture and r"\times" not in picture

@@ -19,7 +19,8 @@ KILLS = 10
 def forking():
     """A process that has loaded torch once and forks: each run starts in milliseconds."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.torchimpl.processes"])
+    # torch loads torch._dynamo, which takes seconds, when the first optimiser is made.
+    context.set_forkserver_preload(["tests.torchimpl.processes", "torch._dynamo"])
     return context
 
 

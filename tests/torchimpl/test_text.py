@@ -1,10 +1,14 @@
 """Texts as token ids: words by both segmenters, windows cut by hand, and files that are refused in words."""
 
+import io
 import json
+import struct
+import zipfile
 
 import numpy as np
 import pytest
 
+from refimpl import tokenizer as tokenizers
 from torchimpl import text
 from torchimpl.run import TrainError
 
@@ -20,7 +24,7 @@ def vocabulary(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def tokenizer(vocabulary):
-    return text.tokenizer(vocabulary)
+    return tokenizers.read(vocabulary)
 
 
 def halves(line):
@@ -97,25 +101,23 @@ def test_examples_by_hand(tokenizer):
         text.encoded(rows, tokenizer, 4)
 
 
-def test_a_tokenizer_json_is_the_same_tokenizer(tokenizer, tmp_path):
-    tokenizer.save(str(tmp_path / "tokenizer.json"))
-    assert text.pieces("we running", text.tokenizer(tmp_path / "tokenizer.json")) == text.pieces(
-        "we running", tokenizer
-    )
+def test_words_of_a_tokenizer_json_are_those_of_the_vocabulary(tokenizer, tmp_path):
+    tokenizer._words.save(str(tmp_path / "tokenizer.json"))
+    other = tokenizers.read(tmp_path / "tokenizer.json")
+    assert type(other) is not type(tokenizer)
+    for segment in (None, halves):
+        assert text.pieces("we running 天气", other, segment) == text.pieces("we running 天气", tokenizer, segment)
 
 
-def test_tokenizers_that_are_none(tmp_path):
-    (tmp_path / "tokenizer.json").write_text("{}")
-    with pytest.raises(TrainError, match="is no tokenizer.json"):
-        text.tokenizer(tmp_path / "tokenizer.json")
-    (tmp_path / "vocab.txt").write_text("[PAD]\n[UNK]\nwe")
-    with pytest.raises(TrainError, match=r"has no \[CLS\], \[SEP\], \[MASK\]"):
-        text.tokenizer(tmp_path / "vocab.txt")
-    (tmp_path / "vocab.txt").write_text("[PAD]\nwe\nwe")
-    with pytest.raises(TrainError, match="holds the token 'we' twice"):
-        text.tokenizer(tmp_path / "vocab.txt")
-    with pytest.raises(TrainError, match="is no file"):
-        text.tokenizer(tmp_path / "absent.txt")
+def test_padding_is_needed_where_texts_are_put_together():
+    made = tokenizers.Tokenizer(TOKENS[1:], lower_case=True)
+    for use in (
+        lambda: text.windows(iter(["we"]), made, 9),
+        lambda: text.encoded([text.Row("we", None, "a")], made, 9),
+    ):
+        with pytest.raises(TrainError, match=r"the tokenizer has no \[PAD\]"):
+            use()
+    assert text.special(made, "[MASK]") == 3
 
 
 def test_a_corpus_of_lines_and_of_objects(tmp_path):
@@ -190,8 +192,83 @@ def test_arrays_are_checked(tmp_path):
     with pytest.raises(TrainError, match="as many rows"):
         text.arrays(file, (), ("a", "b"))
     np.savez(file, a=np.array([{}], dtype=object))
-    with pytest.raises(TrainError, match="no archive of plain arrays"):
+    with pytest.raises(TrainError, match=r"no archive of plain arrays \(a\.npy holds objects"):
         text.arrays(file, (), ("a",))
-    file.write_bytes(b"nothing")
-    with pytest.raises(TrainError, match="no archive of plain arrays"):
+    np.savez(file, a=np.ones((2, 3)))
+    whole = file.read_bytes()
+    for damaged in (b"nothing", whole[:-30], whole.replace(b"NUMPY", b"NUMPI"), whole.replace(b"'<f8'", b"'<x8'")):
+        file.write_bytes(damaged)
+        with pytest.raises(TrainError, match="no archive of plain arrays"):
+            text.arrays(file, (), ("a",))
+    np.savez_compressed(file, a=np.arange(999))
+    whole = bytearray(file.read_bytes())
+    # Behind the local header (30 bytes, a.npy, 20 bytes of zip64): a kind of block that deflate does not have.
+    whole[55] = 7
+    file.write_bytes(whole)
+    with pytest.raises(TrainError, match=r"no archive of plain arrays \(Error -3 while decompressing"):
         text.arrays(file, (), ("a",))
+    np.save(tmp_path / "b.npy", np.ones(3))
+    with pytest.raises(TrainError, match="no archive of plain arrays"):
+        text.arrays(tmp_path / "b.npy", (), ("a",))
+
+
+def archive(file, **members):
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as held:
+        for name, data in members.items():
+            held.writestr(f"{name}.npy", data)
+    return file
+
+
+def told_array(shape, data, dtype="<i8"):
+    """A .npy whose header tells this shape, whatever the data are."""
+    made = io.BytesIO()
+    np.lib.format.write_array_header_1_0(made, {"descr": dtype, "fortran_order": False, "shape": shape})
+    return made.getvalue() + data
+
+
+def test_no_array_is_made_that_the_bytes_cannot_fill(tmp_path, monkeypatch):
+    """A terabyte in the header, a terabyte in the directory, and more zeros than are allowed: nothing is unpacked."""
+
+    def read(*_, **__):
+        raise AssertionError("an array was made")
+
+    monkeypatch.setattr(np.lib.format, "read_array", read)
+    file = archive(tmp_path / "a.npz", a=told_array((1 << 37,), bytes(8)))
+    with pytest.raises(TrainError, match=r"\(137438953472,\) of int64 are 1099511627776 bytes, received 8"):
+        text.arrays(file, ("a",), ("a",))
+    file = archive(tmp_path / "a.npz", a=told_array((2, 1 << 62, 1 << 62), bytes(8)))
+    with pytest.raises(TrainError, match="no archive of plain arrays"):
+        text.arrays(file, ("a",), ("a",))
+    # A first array that is right does not open the way for a second one.
+    file = archive(tmp_path / "a.npz", a=told_array((1,), bytes(8)), b=told_array((1, 1 << 37), bytes(8)))
+    with pytest.raises(TrainError, match=r"b\.npy: \(1, 137438953472\)"):
+        text.arrays(file, ("a",), ("a", "b"))
+    data = archive(file, a=told_array((1 << 17,), bytes(1 << 20))).read_bytes()
+    assert len(data) < 5000
+    monkeypatch.setattr(text, "LARGEST_ARRAYS", 1 << 20)
+    with pytest.raises(TrainError, match=f"has {(1 << 20) + 128} bytes of arrays; at most {1 << 20} are read"):
+        text.arrays(file, ("a",), ("a",))
+    # The directory is what is believed: one that tells more has no such bytes behind it.
+    monkeypatch.setattr(text, "LARGEST_ARRAYS", 1 << 40)
+    size = struct.pack("<I", (1 << 20) + 128)
+    assert data.count(size) == 2
+    file.write_bytes(data.replace(size, struct.pack("<I", 1 << 31)))
+    with pytest.raises(TrainError, match="are 1048576 bytes, received 2147483520"):
+        text.arrays(file, ("a",), ("a",))
+    with pytest.warns(UserWarning, match="Duplicate name"), zipfile.ZipFile(file, "w") as held:
+        for _ in range(2):
+            held.writestr("a.npy", told_array((1,), bytes(8)))
+    with pytest.raises(TrainError, match="two arrays of one name"):
+        text.arrays(file, ("a",), ("a",))
+
+
+def test_arrays_are_read_as_numpy_writes_them(tmp_path):
+    held = {"a": np.arange(6, dtype=">i2").reshape(2, 3).T.copy(order="F"), "b": np.array([True, False, True])}
+    for save in (np.savez, np.savez_compressed):
+        save(tmp_path / "a.npz", **held)
+        found = text.arrays(tmp_path / "a.npz", ("a", "b"), ("a", "b"))
+        assert all(
+            np.array_equal(found[name], array) and found[name].dtype == array.dtype for name, array in held.items()
+        )
+    np.savez(tmp_path / "a.npz", a=np.zeros((2, 0)))
+    assert text.arrays(tmp_path / "a.npz", (), ("a",))["a"].shape == (2, 0)

@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import re
+import sys
 from dataclasses import asdict
 
 import numpy as np
@@ -12,6 +13,7 @@ import torch
 from rich.console import Console
 from typer.testing import CliRunner
 
+from refimpl import cli
 from refimpl import model as specification
 from refimpl.check import DomainError
 from tests.torchimpl.test_layers import CONFIGS
@@ -44,9 +46,21 @@ def undrawn(monkeypatch):
     monkeypatch.setattr(journal, "plotted", lambda steps, epochs: b"<svg/>")
 
 
-def asked(files, *words, data="rows.tsv", out, task="finetune", model="roformer_v2.json"):
+def asked(files, *words, data="rows.tsv", out, task="finetune", model="roformer_v2.json", stop=None):
+    """stop: the step behind which Ctrl-C is pressed."""
     arguments = ["train", task, files / model if isinstance(model, str) else model, files / data, out, *words]
-    return CliRunner().invoke(train_command.app, [str(word) for word in arguments])
+    real = train_command.said
+
+    def stopping(now):
+        if now.step == stop:
+            raise KeyboardInterrupt
+        return real(now)
+
+    with pytest.MonkeyPatch.context() as patched:
+        if stop is not None:
+            patched.setattr(train_command, "SECONDS", 0.0)
+            patched.setattr(train_command, "said", stopping)
+        return CliRunner().invoke(train_command.app, [str(word) for word in arguments])
 
 
 def test_a_classifier_is_trained_from_texts(files, tmp_path):
@@ -56,6 +70,8 @@ def test_a_classifier_is_trained_from_texts(files, tmp_path):
     assert done.exit_code == 0, done.output
     assert "weights trained on 60 examples in 28 steps (cpu, float32)" in done.output
     assert "step 28/28, loss" in done.output and "tokens/s, 0:00:00 left" in done.output
+    evaluations = re.findall(r"epoch (\d), step (\d+): loss \d\.\d{4}, accuracy \d\.\d{4} \(validation\)", done.output)
+    assert evaluations == [("1", "7"), ("2", "14"), ("3", "21"), ("4", "28")]
     assert json.loads((tmp_path / "out/classes.json").read_text()) == ["no", "yes"]
     kept = checkpoint.load(tmp_path / "out/model")
     assert (kept.model.heads[0].labels, kept.model.heads[0].pooling) == (2, "first_token")
@@ -90,9 +106,53 @@ def test_language_models_are_trained(files, tmp_path, task, model, data):
     assert kept.visible == ("causal" if task == "causal" else "bidirectional")
     with (tmp_path / "run/steps.csv").open(newline="") as file:
         assert len(list(csv.DictReader(file))) == 3
-    # What was trained can be trained on: the encoder and the head are there.
-    again = asked(files, *words, task=task, model=tmp_path / "model", data=data, out=tmp_path / "again")
+    # What was trained can be trained on: the encoder, the head and the tokenizer are there.
+    again = asked(files, *words[:-2], task=task, model=tmp_path / "model", data="corpus.txt", out=tmp_path / "again")
     assert again.exit_code == 0, again.output
+    for folder in (tmp_path, tmp_path / "again"):
+        assert checkpoint.extra(folder / "model", "vocab.txt") == (files / "vocab.txt").read_bytes()
+    (tmp_path / "model/vocab.txt").write_text("\n".join(TOKENS[::-1]))
+    again = asked(files, task=task, model=tmp_path / "model", data=data, out=tmp_path / "damaged")
+    assert again.exit_code == 2 and "vocab.txt is not the file that was written" in " ".join(again.output.split())
+
+
+def test_case_is_kept_where_it_is_asked_for(files, tmp_path):
+    """A is no token of the vocabulary, a is."""
+    (tmp_path / "rows.tsv").write_text((files / "rows.tsv").read_text().replace("a ", "A "))
+    words = ["--validation", files / "rows.tsv", "--max-steps", 7, "--batch-size", 60, "--dropout", 0.0, "--seed", 3]
+    given, data = ["--tokenizer", files / "vocab.txt"], tmp_path / "rows.tsv"
+    losses = []
+    for name, more, model in (
+        ("plain", given, "roformer_v2.json"), ("cased", [*given, "--cased"], "roformer_v2.json"),
+        ("lower", [*given, "--lower-case"], "roformer_v2.json"), ("again", [], tmp_path / "cased/model"),
+    ):  # fmt: skip
+        done = asked(files, *words, *more, data=data, model=model, out=tmp_path / name)
+        assert done.exit_code == 0, done.output
+        losses.append((tmp_path / name / "run/steps.csv").read_text())
+    assert losses[0] == losses[2] != losses[1]
+    told = [json.loads((tmp_path / name / "model/tokenizer_config.json").read_text()) for name in ("plain", "again")]
+    assert told == [{"do_lower_case": True}, {"do_lower_case": False}]
+
+
+def test_arrays_need_no_tokenizer(files, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    words = ("--max-steps", 1, "--mask-id", 4)
+    # The vocabulary is passed on all the same.
+    done = asked(files, *words, "--tokenizer", files / "vocab.txt", task="mlm", data="corpus.npz", out=tmp_path)
+    assert done.exit_code == 0, done.output
+    assert checkpoint.extra(tmp_path / "model", "vocab.txt") == (files / "vocab.txt").read_bytes()
+    done = asked(files, *words, task="mlm", data="corpus.npz", out=tmp_path / "bare")
+    assert checkpoint.listed(tmp_path / "bare/model") == ("config.json", "model.safetensors")
+
+
+def test_a_package_that_is_missing_is_named_with_what_to_install(files, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    words = ["finetune", files / "roformer_v2.json", files / "rows.tsv", tmp_path / "out", "--tokenizer"]
+    with pytest.raises(SystemExit) as raised:
+        cli.main(["train", *map(str, words), str(files / "vocab.txt")])
+    told = capsys.readouterr().err
+    assert raised.value.code == 2 and "Traceback" not in told and not (tmp_path / "out").exists()
+    assert "tokenizers, which is not installed. Install it with: pip install 'refimpl[train]'" in told
 
 
 def test_adapters_are_trained_and_merged(files, tmp_path):
@@ -115,35 +175,19 @@ def test_adapters_are_trained_and_merged(files, tmp_path):
         torch.testing.assert_close(found[name], tensor)
 
 
-def test_a_run_that_is_stopped_says_how_to_go_on(files, tmp_path, monkeypatch):
-    words = (
-        "--tokenizer",
-        files / "vocab.txt",
-        "--max-steps",
-        6,
-        "--batch-size",
-        9,
-        "--save-every",
-        1,
-        "--tensorboard",
-    )
+def test_a_run_that_is_stopped_says_how_to_go_on(files, tmp_path):
+    words = ("--tokenizer", files / "vocab.txt", "--max-steps", 6, "--batch-size", 9, "--tensorboard")
+    early = asked(files, *words, out=tmp_path / "early", stop=1)
+    assert early.exit_code == 130 and "before a state was saved; the same command begins anew" in early.output
+    words = (*words, "--save-every", 1)
     whole = asked(files, *words, out=tmp_path / "whole")
-    real = train_command.said
-
-    def stopping(now):
-        if now.step == 4:
-            raise KeyboardInterrupt
-        return real(now)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(train_command, "SECONDS", 0.0)
-        patched.setattr(train_command, "said", stopping)
-        done = asked(files, *words, out=tmp_path / "out")
+    done = asked(files, *words, out=tmp_path / "out", stop=4)
     assert done.exit_code == 130
     told = " ".join(done.output.split())
-    assert f"stopped; the same command goes on from the last state saved in {tmp_path / 'out/run'}" in told
+    assert f"stopped; {tmp_path / 'out/run'} has the state after step 4, and the same command goes on from" in told
     assert not (tmp_path / "out/model").exists()
     again = asked(files, *words, out=tmp_path / "out")
+    assert "going on after step 4 of 6" in again.output and "going on" not in whole.output
     assert again.exit_code == whole.exit_code == 0
     for name in ("run/steps.csv", "model/model.safetensors"):
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
@@ -159,6 +203,8 @@ def test_a_run_that_is_stopped_says_how_to_go_on(files, tmp_path, monkeypatch):
     (("--lora-rank", -1), "lora_rank >= 0"),
     (("--hold-out", 1.0), "hold_out between 0 and 1"),
     (("--recipe", "absent.json"), "absent.json"),
+    (("--segmenter", "jieba"), "segmenter with mlm or causal alone, received task='finetune'"),
+    (("--mask-id", 0), "mask_id with mlm alone, received task='finetune'"),
 ])  # fmt: skip
 def test_what_cannot_be_trained_is_refused(files, tmp_path, words, told):
     done = asked(files, *words, out=tmp_path / "out")
@@ -178,6 +224,12 @@ def test_data_that_the_model_does_not_fit_is_refused(files, tmp_path):
     )
     done = asked(files, task="mlm", data="corpus.npz", out=tmp_path / "out")
     assert "do not tell the id of [MASK]: give --mask-id" in " ".join(done.output.split())
+    words = ("--tokenizer", files / "vocab.txt", "--mask-id", 9)
+    done = asked(files, *words, task="mlm", data="corpus.txt", out=tmp_path / "out")
+    assert "[MASK] has the id 4 in the tokenizer, received --mask-id 9" in " ".join(done.output.split())
+    (tmp_path / "vocab.txt").write_text("\n".join(token for token in TOKENS if token != "[MASK]"))
+    done = asked(files, *words[:1], tmp_path / "vocab.txt", task="mlm", data="corpus.txt", out=tmp_path / "out")
+    assert "the tokenizer has no [MASK]" in " ".join(done.output.split())
 
 
 def test_the_help_page_teaches():
@@ -185,6 +237,12 @@ def test_the_help_page_teaches():
     assert done.exit_code == 0
     for words in ("refimpl train finetune MODEL", "torchrun", "goes on where it was", "--lora-rank", "--accumulate"):
         assert words in done.output
+    lines = [line.strip() for line in done.output.splitlines()]
+    for task in training.TASKS:
+        made = training.recipe(task, None, {})
+        epochs = f"{made.epochs} epoch{'s' if made.epochs > 1 else ''}"
+        rate = f"{made.optimizer}, rate {made.learning_rate}"
+        assert f"{task:<9} {epochs}, batches of {made.batch_size}, {rate}" in lines
 
 
 def test_recipes_are_complete_and_strict(tmp_path):
