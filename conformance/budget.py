@@ -18,6 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from typing import Any
 
 import mpmath
@@ -49,6 +50,7 @@ def unit_roundoff(dtype: str) -> float:
     return 2.0 ** -_SIGNIFICAND[dtype]
 
 
+@lru_cache
 def half_subnormal(dtype: str) -> float:
     """eta: the largest absolute error of a rounding that underflows (for float64 the smallest double, twice that)."""
     return 2.0 ** max(_MIN_EXPONENT[dtype] - _SIGNIFICAND[dtype], -1074)
@@ -91,30 +93,30 @@ class Profile:
             if value not in known:
                 raise ValueError(f"Profile: expected one of {', '.join(known)}, received {value!r}")
 
-    @property
+    @cached_property
     def storage(self) -> float:
         return unit_roundoff(self.dtype)
 
-    @property
+    @cached_property
     def working(self) -> str:
         """The format of accumulators: 16-bit formats accumulate in float32."""
         return "float64" if self.dtype == "float64" else "float32"
 
-    @property
+    @cached_property
     def elementary(self) -> str:
         """The format that holds the result of an elementary operation."""
         return self.dtype if self.name == "eager" and self.sixteen_bit else self.working
 
-    @property
+    @cached_property
     def accumulate(self) -> float:
         return unit_roundoff(self.working)
 
-    @property
+    @cached_property
     def angle_unit(self) -> float:
         """u of an angle: float64 for the float64 class and A64, float32 for A32."""
         return unit_roundoff("float64" if self.dtype == "float64" or self.angle == "A64" else "float32")
 
-    @property
+    @cached_property
     def sixteen_bit(self) -> bool:
         return self.dtype in ("float16", "bfloat16")
 
@@ -140,34 +142,39 @@ class Arithmetic:
         if isinstance(values, Ball):
             return values
         array = np.asarray(values)
-        radius = self._constant(float(values)) if isinstance(values, (int, float)) else 0.0
         if array.dtype != object:
             array = array.astype(np.float64)
             if self.digits:
                 array = _mp(MP.mpf, array)
-        return Ball(array, np.full(array.shape, radius), self)
-
-    def _constant(self, value: float) -> float:
-        """What writing a number in the working format, and if eager in the storage format, does to it."""
-        formats = {self.profile.working, self.profile.elementary}
-        lost = [f for f in formats if round_to(np.asarray(value), f) != value]
-        if any(abs(value) > largest(f) for f in lost):
-            return float("inf")
-        return sum(unit_roundoff(f) * abs(value) + half_subnormal(f) for f in lost)
+        if isinstance(values, (int, float)):
+            return Ball(array, np.array(_constant(float(values), self.profile.working, self.profile.elementary)), self)
+        return _unchecked(array, np.zeros(array.shape), self)
 
     def ball(self, middle: Any, radius: Any) -> Ball:
         """A Ball with a radius derived by hand; both broadcast."""
         made = self.exact(middle)
         return Ball(made.mid, np.broadcast_to(np.asarray(radius, np.float64), made.mid.shape).copy(), self)
 
-    @property
+    @cached_property
     def unit(self) -> float:
         """Roundoff of intermediates; float64 midpoints add the error of the reference itself."""
         return self.profile.accumulate + (0.0 if self.digits else 2.0**-53)
 
 
+@lru_cache(maxsize=1024)
+def _constant(value: float, *formats: str) -> float:
+    """What writing a number in the working format, and if eager in the storage format, does to it."""
+    lost = [f for f in set(formats) if round_to(np.asarray(value), f) != value]
+    if any(abs(value) > largest(f) for f in lost):
+        return float("inf")
+    return sum(unit_roundoff(f) * abs(value) + half_subnormal(f) for f in lost)
+
+
 def gamma(length: float | np.ndarray, unit: float) -> Any:
     """gamma_k(u) = k u / (1 - k u), infinite from k u = 1/2 on."""
+    if isinstance(length, (int, float)):
+        # The same without an array: most lengths are one number.
+        return length * unit / (1.0 - length * unit) if length * unit < 0.5 else math.inf
     product = np.asarray(length, np.float64) * unit
     return np.where(product < 0.5, product / np.where(product < 0.5, 1.0 - product, 1.0), np.inf)
 
@@ -178,7 +185,7 @@ def _mp(function: Callable[..., Any], *arrays: np.ndarray) -> np.ndarray:
 
 
 def _float(middle: np.ndarray) -> np.ndarray:
-    return np.asarray(middle).astype(np.float64)
+    return np.asarray(middle, np.float64)
 
 
 class Ball:
@@ -208,40 +215,43 @@ class Ball:
     @property
     def value(self) -> np.ndarray:
         """The midpoint as float64, correctly rounded."""
-        return _float(self.mid)
+        return self.mid.astype(np.float64)
 
     @property
     def magnitude(self) -> np.ndarray:
         """An upper bound of the absolute value."""
-        return np.abs(self.value) + self.rad
+        return np.asarray(np.abs(_float(self.mid)) + self.rad)
 
     def _like(self, mid: np.ndarray, rad: np.ndarray) -> Ball:
         return Ball(mid, rad, self.arithmetic)
+
+    def _moved(self, mid: np.ndarray, rad: np.ndarray) -> Ball:
+        return _unchecked(np.asarray(mid), np.asarray(rad), self.arithmetic)
 
     def _coerce(self, other: Any) -> Ball:
         return self.arithmetic.exact(other)
 
     # Exact data movement: the same move on midpoint and radius.
     def __getitem__(self, index: Any) -> Ball:
-        return self._like(np.asarray(self.mid[index]), np.asarray(self.rad[index]))
+        return self._moved(self.mid[index], self.rad[index])
 
     def reshape(self, *shape: int) -> Ball:
-        return self._like(self.mid.reshape(*shape), self.rad.reshape(*shape))
+        return self._moved(self.mid.reshape(*shape), self.rad.reshape(*shape))
 
     def transpose(self, *axes: int) -> Ball:
-        return self._like(self.mid.transpose(*axes), self.rad.transpose(*axes))
+        return self._moved(self.mid.transpose(*axes), self.rad.transpose(*axes))
 
     def swapaxes(self, one: int, two: int) -> Ball:
-        return self._like(self.mid.swapaxes(one, two), self.rad.swapaxes(one, two))
+        return self._moved(self.mid.swapaxes(one, two), self.rad.swapaxes(one, two))
 
     def broadcast_to(self, shape: Sequence[int]) -> Ball:
-        return self._like(np.broadcast_to(self.mid, shape), np.broadcast_to(self.rad, shape))
+        return self._moved(np.broadcast_to(self.mid, shape), np.broadcast_to(self.rad, shape))
 
     def __neg__(self) -> Ball:
-        return self._like(-self.mid, self.rad)
+        return self._moved(-self.mid, self.rad)
 
     def __abs__(self) -> Ball:
-        return self._like(np.abs(self.mid), self.rad)
+        return self._moved(np.abs(self.mid), self.rad)
 
     # Rounded elementary operations.
     def __add__(self, other: Any) -> Ball:
@@ -310,21 +320,27 @@ class Ball:
         profile = self.arithmetic.profile
         if profile.name != "fused" or not profile.sixteen_bit:
             return self
-        return self._like(
-            self.mid, _within(self.mid, self.rad + _storage_rounding(self.magnitude, profile), profile.dtype)
-        )
+        rad = self.rad + _storage_rounding(self.magnitude, profile)
+        return self._like(self.mid, _within(np.abs(_float(self.mid)), rad, profile.dtype))
 
     def finished(self) -> Ball:
         """The output: one rounding to the storage format; infinite radius where that overflows."""
         profile = self.arithmetic.profile
-        return self._like(
-            self.mid, _within(self.mid, self.rad + _storage_rounding(self.magnitude, profile), profile.dtype)
-        )
+        rad = self.rad + _storage_rounding(self.magnitude, profile)
+        return self._like(self.mid, _within(np.abs(_float(self.mid)), rad, profile.dtype))
 
 
-def _within(mid: np.ndarray, rad: np.ndarray, dtype: str) -> np.ndarray:
-    """The radius, infinite where a number of the ball may overflow the format."""
-    return np.where(np.abs(_float(mid)) + rad > largest(dtype), np.inf, rad)
+def _unchecked(mid: np.ndarray, rad: np.ndarray, arithmetic: Arithmetic) -> Ball:
+    """A Ball whose radii need no second look: zeros, or those of another Ball."""
+    made = Ball.__new__(Ball)
+    made.mid, made.rad, made.arithmetic = mid, rad, arithmetic
+    return made
+
+
+def _within(size: np.ndarray, rad: np.ndarray, dtype: str) -> np.ndarray:
+    """The radius, infinite where a number of the ball may overflow the format; `size` is the midpoint's magnitude."""
+    lost = size + rad > largest(dtype)
+    return np.where(lost, np.inf, rad) if lost.any() else np.asarray(rad)
 
 
 def _storage_rounding(magnitude: np.ndarray, profile: Profile) -> np.ndarray:
@@ -334,12 +350,13 @@ def _storage_rounding(magnitude: np.ndarray, profile: Profile) -> np.ndarray:
 def _rounded(mid: np.ndarray, rad: np.ndarray, arithmetic: Arithmetic, roundings: Any = 1) -> Ball:
     """One elementary result: `roundings` units of the working precision, one of the storage format if eager."""
     profile = arithmetic.profile
-    magnitude = np.abs(_float(mid)) + rad
+    size = np.abs(_float(mid))
+    magnitude = size + rad
     with np.errstate(invalid="ignore", over="ignore"):
         rad = rad + gamma(roundings, arithmetic.unit) * magnitude + half_subnormal(profile.working)
         if profile.elementary != profile.working:
             rad = rad + _storage_rounding(magnitude, profile)
-        rad = _within(mid, rad, profile.elementary)
+        rad = _within(size, rad, profile.elementary)
     return Ball(mid, rad, arithmetic)
 
 
@@ -354,7 +371,7 @@ def _contracted(
         if profile.elementary != profile.working:
             rad = rad + products * _storage_rounding(total, profile)
         # A partial sum may be as large as the sum of the magnitudes; what is stored is the whole.
-        rad = np.where(total > largest(profile.working), np.inf, _within(mid, rad, profile.elementary))
+        rad = np.where(total > largest(profile.working), np.inf, _within(np.abs(_float(mid)), rad, profile.elementary))
     return Ball(mid, rad, arithmetic)
 
 
@@ -411,7 +428,15 @@ def _plain(subscripts: str, arrays: list[np.ndarray]) -> np.ndarray:
         # NumPy returns 0 (an int) for empty object contractions; keep mpf throughout.
         made = np.einsum(subscripts, *arrays, optimize=len(arrays) > 2)
         return _mp(MP.mpf, np.asarray(made, dtype=object))
-    return np.asarray(np.einsum(subscripts, *arrays, optimize=len(arrays) > 2))
+    # Of two arrays there is one order; of more, looking for it costs more than following it.
+    path = _path(subscripts, *(a.shape for a in arrays)) if len(arrays) > 2 else False
+    return np.asarray(np.einsum(subscripts, *arrays, optimize=path))
+
+
+@lru_cache(maxsize=1024)
+def _path(subscripts: str, *shapes: tuple[int, ...]) -> Any:
+    """The order in which einsum contracts arrays of these shapes."""
+    return np.einsum_path(subscripts, *(np.broadcast_to(0.0, shape) for shape in shapes), optimize="greedy")[0]
 
 
 def where(condition: np.ndarray, one: Any, other: Any) -> Ball:

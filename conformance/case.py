@@ -111,6 +111,7 @@ class Case:
     ill_conditioned: made so that the bound carries no information; its elements may be unverifiable.
     only: storage formats, where fewer than those that hold every float input exactly.
     profile: the declared precision; drawn cases carry it, the corpus is judged under the implementation's own.
+    known: references of this case and of what laws make of it, where several laws ask for them; None keeps none.
     """
 
     op: str
@@ -123,6 +124,7 @@ class Case:
     only: tuple[str, ...] = DTYPES
     note: str = ""
     profile: Profile = Profile("float64", "strict", "A64")
+    known: dict[Any, dict[str, Ball]] | None = field(default=None, repr=False, compare=False)
 
     @property
     def id(self) -> str:
@@ -182,16 +184,35 @@ def reference(case: Case, *, digits: bool = False, blur: float = 0.0) -> dict[st
     """
     operator = OPERATORS()[case.op]
     arithmetic = Arithmetic(case.profile, digits)
-    arguments = {
-        k: arithmetic.ball(v, blur * np.abs(np.where(np.isfinite(v), v, 0.0))) if _is_float_array(v) else v
-        for k, v in case.arguments.items()
-    }
+
+    def given(values: np.ndarray) -> Ball:
+        exact = arithmetic.exact(values)
+        return arithmetic.ball(exact, blur * np.abs(np.where(np.isfinite(values), values, 0.0))) if blur else exact
+
+    arguments = {k: given(v) if _is_float_array(v) else v for k, v in case.arguments.items()}
     with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
         balls = as_tuple(operator.reference(arithmetic, **arguments))
         if len(balls) != len(operator.judged):
             raise TypeError(f"{case.op}: the reference gives {len(balls)} results, expected {operator.judged}")
         finished = [_sayable(b).finished() if isinstance(b, Ball) else _discrete(arithmetic, b) for b in balls]
     return dict(zip(operator.judged, finished, strict=True))
+
+
+def known_reference(case: Case) -> dict[str, Ball]:
+    """`reference`, derived once where the case remembers; the radii are then read-only."""
+    if case.known is None:
+        return reference(case)
+    key = case.op, case.profile, *((k, _content(v)) for k, v in case.arguments.items())
+    if key not in case.known:
+        case.known[key] = reference(case)
+        for ball in case.known[key].values():
+            ball.mid.flags.writeable = ball.rad.flags.writeable = False
+    return case.known[key]
+
+
+def _content(value: Any) -> Any:
+    """What tells two arguments apart: bytes of arrays, the text of all else (0.0 and -0.0 are equal, and differ)."""
+    return (value.dtype.str, value.shape, value.tobytes()) if isinstance(value, np.ndarray) else repr(value)
 
 
 def _sayable(ball: Ball) -> Ball:

@@ -17,8 +17,8 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from conformance import report, runner, stub, vectors
-from conformance.adapters import ADAPTERS, AdapterError, load
+from conformance import model, report, runner, stub, vectors
+from conformance.adapters import ADAPTERS, AdapterError, Implementation, load
 from conformance.budget import DTYPES, PROFILES, Profile
 from conformance.case import OPERATORS, families, selected
 from conformance.vectors import CorpusError
@@ -34,9 +34,17 @@ errors = Console(stderr=True)
 ADAPTER_HELP = f"One of {', '.join(ADAPTERS)}; or python:FILE, a file with IMPLEMENTS = {{'operator': function}}."
 Adapter = Annotated[str, typer.Argument(metavar="ADAPTER", help=ADAPTER_HELP)]
 Operators = Annotated[
-    list[str] | None, typer.Option("--op", metavar="NAME", help="An operator or a family; may be given again.")
+    list[str] | None, typer.Option("--op", metavar="NAME", help="An operator, a family or a model; may be given again.")
 ]
 Format = Annotated[str | None, typer.Option("--dtype", metavar="D", help=f"Only this format: {', '.join(DTYPES)}.")]
+
+DRAWN = (
+    f"Drawn cases for each law; without it {runner.EXAMPLES}, or fewer where an adapter finds every case dear, "
+    "which the last line of a run tells."
+)
+Examples = Annotated[
+    int | None, typer.Option(min=0, metavar="N", help=f"{DRAWN} 0 leaves the laws out.", show_default=False)
+]
 
 # Failures printed in full; the rest is counted and stands in the reports.
 SHOWN = 20
@@ -72,9 +80,7 @@ def check(
     profile: Annotated[
         str | None, typer.Option(metavar="P", help=f"Judge under this arithmetic instead: {', '.join(PROFILES)}.")
     ] = None,
-    examples: Annotated[int, typer.Option(min=0, help="Drawn cases for each law; 0 leaves the laws out.")] = (
-        runner.EXAMPLES
-    ),
+    examples: Examples = None,
     json: Annotated[Path | None, typer.Option(metavar="F", help="Write every verdict as JSON lines.")] = None,
     junit: Annotated[Path | None, typer.Option(metavar="F", help="Write JUnit XML for a CI server.")] = None,
     markdown: Annotated[Path | None, typer.Option(metavar="F", help="Write a Markdown summary.")] = None,
@@ -137,22 +143,27 @@ def repro(
     case: Annotated[str, typer.Argument(metavar="CASE", help="OPERATOR/CASE as a failure prints it; or OPERATOR/LAW.")],
     adapter: Adapter,
     dtype: Format = None,
-    examples: Annotated[int, typer.Option(min=1, help="Drawn cases, for a law.")] = runner.EXAMPLES,
+    examples: Annotated[int | None, typer.Option(min=1, metavar="N", help=DRAWN, show_default=False)] = None,
 ) -> None:
     """Run one case (or one law) again and show arguments, result, expected value, bound and the worst elements."""
     with told():
         op, _, name = case.partition("/")
-        if op not in OPERATORS():
-            raise AdapterError(f"repro: no operator {op!r}; `refimpl ops` lists them")
-        implementations = [i for i in load(adapter) if dtype in (None, i.profile.dtype) and op in i.functions]
+        if op not in OPERATORS() and op not in model.MODELS():
+            raise AdapterError(f"repro: no operator or model {op!r}; `refimpl ops` lists them")
+        implementations = [i for i in load(adapter) if dtype in (None, i.profile.dtype) and i.claims(op)]
         if not implementations:
             raise AdapterError(f"repro: {adapter} does not claim {op}{f' in {dtype}' if dtype else ''}")
-        law = next((x for x in families()[op.split(".")[0]].LAWS if x.name == name and op in x.operators), None)
+        whole = op in model.MODELS()
+        known = () if whole else families()[op.split(".")[0]].LAWS
+        law = next((x for x in known if x.name == name and op in x.operators), None)
         failed = judged = False
         for implementation in implementations:
-            if law is not None:
-                verdict: Verdict = runner.check_law(
-                    implementation.name, implementation.functions[op], law, op, implementation.profile, examples
+            if whole:
+                verdict = _whole_again(implementation, op, name)
+            elif law is not None:
+                drawn = runner.draws(implementation, examples)
+                verdict = runner.check_law(
+                    implementation.name, implementation.functions[op], law, op, implementation.profile, drawn
                 )
             else:
                 vector = vectors.load_case(case)
@@ -175,6 +186,25 @@ def repro(
         if not judged:
             raise AdapterError(f"repro: {case} is not judged in the formats of {adapter}")
     raise typer.Exit(1 if failed else 0)
+
+
+def _whole_again(implementation: Implementation, op: str, name: str) -> Verdict:
+    """One case or law of a model again; of a case every state, and the worst elements."""
+    function, profile = implementation.models[op], implementation.profile
+    if name in model.laws(op):
+        return model.judge_law(implementation.name, function, op, name, profile)
+    if name not in model.CASES()[op]:
+        there = ", ".join((*model.CASES()[op], *model.laws(op)))
+        raise AdapterError(f"repro: {op} has no case or law {name!r}; there are: {there}")
+    case = model.CASES()[op][name]
+    verdict = model.judge(implementation.name, function, op, case, profile)
+    console.print(f"[bold]{op}/{name}[/bold] {escape(str(case.config))}, visible={case.visible}", soft_wrap=True)
+    ratios = model.by_state(op, case, verdict.outputs, profile)
+    if ratios:
+        states = ", ".join(f"{state} {report.figure(ratio)}" for state, ratio in ratios.items())
+        console.print(f"error / bound: {states}", soft_wrap=True)
+        console.print(report.elements(verdict, model.vector(op, case, profile)))
+    return verdict
 
 
 @app.command()
@@ -242,7 +272,7 @@ def identify(
 
 @app.command()
 def ops(
-    name: Annotated[str | None, typer.Argument(metavar="NAME", help="An operator or a family.")] = None,
+    name: Annotated[str | None, typer.Argument(metavar="NAME", help="An operator, a family or a model.")] = None,
     write: Annotated[
         Path | None, typer.Option("--stub", metavar="F", help="Write the adapter stub to a file to fill in.")
     ] = None,
@@ -253,14 +283,17 @@ def ops(
     opset: Annotated[int, typer.Option(help="With --onnx: 20 (primitives) or 23.")] = 20,
     dtype: Annotated[str, typer.Option(help="With --onnx: float32 or float64.")] = "float32",
 ) -> None:
-    """The operators: all of them with the layers that have them, or one with arguments, clauses and an adapter stub."""
+    """The operators and models: all with the layers that have them, or one with what an adapter must know of it."""
     with told():
         if name is None:
             console.print(_matrix())
             return
+        if name in model.MODELS():
+            console.print(escape(_described(name)), soft_wrap=True)
+            return
         chosen = [op for op in OPERATORS() if selected(op, [name])]
         if not chosen:
-            raise AdapterError(f"ops: no operator or family {name!r}; `refimpl ops` lists them")
+            raise AdapterError(f"ops: no operator or family {name!r}, nor a model; `refimpl ops` lists them")
         if onnx is not None:
             _write_graph(name, onnx, opset, dtype)
             return
@@ -300,8 +333,8 @@ LAYERS = ("refimpl", "torchimpl", "export")
 
 
 def _matrix() -> Table:
-    """Operator x layer: who has it, and what judges it."""
-    table = Table(title="Operators", caption="refimpl ops NAME shows arguments, clauses and an adapter stub")
+    """Operator or model x layer: who has it, and what judges it."""
+    table = Table(title="Operators, and models", caption="refimpl ops NAME shows what an adapter must know of one")
     table.add_column("operator", no_wrap=True)
     for column in (*LAYERS, "vectors", "laws", "mutants"):
         table.add_column(column, justify="right")
@@ -313,7 +346,20 @@ def _matrix() -> Table:
         laws = sum(op in law.operators for law in module.LAWS)
         wrong = sum(m.op == op for m in (*module.MUTANTS, *module.MUSEUM))
         table.add_row(op, *there, str(minimum.get(op, {}).get("minimum", 0)), str(laws), str(wrong))
+    table.add_section()
+    for name, module in model.MODELS().items():
+        there = ["yes" if _exists(f"{layer}.models.{name}") else "-" for layer in LAYERS]
+        held = (model.CASES()[name], model.laws(name), module.WRONG)
+        table.add_row(name, *there, *(str(len(names)) for names in held))
     return table
+
+
+def _described(name: str) -> str:
+    """How a model is called, and what it is held against."""
+    module = model.MODELS()[name]
+    lists = {"cases": model.CASES()[name], "laws": model.laws(name), "known wrong models": module.WRONG}
+    parts = [inspect.cleandoc(module.__doc__ or ""), (inspect.cleandoc(model.__doc__ or "")).partition("\n\n")[2]]
+    return "\n\n".join(parts + [f"{title} ({len(names)}): {', '.join(names)}" for title, names in lists.items()])
 
 
 def _exists(module: str) -> bool:

@@ -19,7 +19,7 @@ from rich.table import Table
 
 from conformance.budget import Profile
 from conformance.mutant import Kill
-from conformance.runner import Run, message, repro_command
+from conformance.runner import EXAMPLES, Run, draws, message, repro_command
 from conformance.vectors import Vector
 from conformance.verdict import OUTCOMES, Verdict, informative, judged_profile
 
@@ -78,10 +78,11 @@ def row(verdict: Verdict) -> str:
 
 
 def rows(run: Run) -> list[str]:
-    """The rows of a table: operators in alphabetical order, the variants of each in the order in which they ran."""
+    """The rows of a table: operators in alphabetical order, then models; variants of each in the order of the run."""
     order = {name: i for i, name in enumerate(dict.fromkeys(v.variant for v in run.verdicts))}
-    found = {(v.op, order[v.variant], row(v)) for v in run.verdicts}
-    return [name for _, _, name in sorted(found)]
+    # Only an operator has a family before its name.
+    found = {("." not in v.op, v.op, order[v.variant], row(v)) for v in run.verdicts}
+    return [name for _, _, _, name in sorted(found)]
 
 
 def column(verdict: Verdict) -> str:
@@ -100,12 +101,12 @@ def _cell(run: Run, rows: list[tuple[int, Verdict]]) -> Cell:
         return severity.index("expected" if i in run.expected else v.outcome), 0.0 if math.isnan(v.ratio) else v.ratio
 
     worst_index, worst = max(rows, key=rank)
-    ratios = [v.ratio for _, v in rows if v.kind == "vector" and v.outcome not in ("skipped", "errored")]
+    ratios = [v.ratio for _, v in rows if v.kind != "law" and v.outcome not in ("skipped", "errored")]
     ratios = [r for r in ratios if not math.isnan(r)]
     return Cell(
         outcome="expected" if worst_index in run.expected else worst.outcome,
         ratio=max(ratios, default=float("nan")),
-        cases=sum(v.kind == "vector" for _, v in rows),
+        cases=sum(v.kind != "law" for _, v in rows),
         laws=sum(v.kind == "law" for _, v in rows),
         failed=sum(v.failed for i, v in rows if i not in run.expected),
         message=worst.message,
@@ -133,7 +134,7 @@ def table(run: Run) -> Table:
     heads = columns(run)
     for head in heads:
         made.add_column(head, justify="right")
-    found = cells(run)
+    found, last = cells(run), ""
     for name in rows(run):
         entries = [name]
         for head in heads:
@@ -143,7 +144,10 @@ def table(run: Run) -> Table:
                 continue
             text = f"{cell.outcome} {figure(cell.ratio)}" if cell.outcome != "pass" else f"ok {figure(cell.ratio)}"
             entries.append(f"[{COLOURS[cell.outcome]}]{text}[/]")
+        if "." not in name and last.count("."):
+            made.add_section()
         made.add_row(*entries)
+        last = name
     return made
 
 
@@ -155,7 +159,7 @@ def counts(run: Run) -> dict[str, int]:
 
 def unverifiable(run: Run) -> tuple[int, int]:
     """Unverifiable and all compared elements outside the cases made to be unverifiable."""
-    told = [v for v in run.verdicts if v.kind == "vector" and not v.ill_conditioned]
+    told = [v for v in run.verdicts if v.kind != "law" and not v.ill_conditioned]
     return sum(v.unverifiable for v in told), sum(v.elements for v in told)
 
 
@@ -165,9 +169,19 @@ def summary(run: Run) -> str:
     silent, elements = unverifiable(run)
     laws = sum(v.kind == "law" for v in run.verdicts)
     return (
-        f"{run.adapter}: {listed}; {run.judged} of {run.promised} promised cases and {laws} laws in "
+        f"{run.adapter}: {listed}; {run.judged} of {run.promised} promised cases and {laws} laws{_fewer(run)} in "
         f"{run.seconds:.1f} s; unverifiable elements {silent} of {elements}; corpus {run.corpus[:12]}"
     )
+
+
+def _fewer(run: Run) -> str:
+    """Where laws drew fewer cases than they do by default: how many, and in which rows if not in all."""
+    parts = []
+    for count in sorted({n for n in run.drawn.values() if n < EXAMPLES}):
+        names = [name for name, n in run.drawn.items() if n == count]
+        where = "" if len(names) == len(run.drawn) else f" for {', '.join(names)}"
+        parts.append(f"{count} drawn cases a law instead of {EXAMPLES}{where}")
+    return f" ({'; '.join(parts)})" if parts else ""
 
 
 def skips(run: Run) -> list[tuple[str, int]]:
@@ -253,7 +267,13 @@ def json_lines(run: Run) -> str:
             "corpus": run.corpus,
             "promised": run.promised,
             "implementations": [
-                {"name": i.name, "version": i.version, "profile": str(i.profile), "angle": i.profile.angle}
+                {
+                    "name": i.name,
+                    "version": i.version,
+                    "profile": str(i.profile),
+                    "angle": i.profile.angle,
+                    "drawn": draws(i, run.examples) if i.laws else 0,
+                }
                 for i in run.implementations
             ],
             "unclaimed": list(run.unclaimed),

@@ -14,14 +14,15 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+from conformance import model
 from conformance.adapters import AdapterError, Implementation, load
 from conformance.budget import PROFILES
 from conformance.case import OPERATORS, families, selected
 from conformance.vectors import FOLDER, Vector, read_manifest
 from conformance.vectors import load as load_vectors
-from conformance.verdict import Verdict, check_law, diagnose, judge
+from conformance.verdict import Verdict, check_law, diagnose, explained, judge
 
-# Drawn cases a law sees in one run; a run over everything stays under a minute.
+# Drawn cases a law sees in one run unless another number is asked for; a run over everything stays under a minute.
 EXAMPLES = 10
 
 # Below this many operators times implementations a second process costs more than it saves.
@@ -55,7 +56,8 @@ class Run:
     """Everything that one `refimpl check` found.
 
     promised: cases that the manifest owes to the claimed operators and formats; judged: those that came to a verdict,
-    skips with a reason among them. unclaimed: operators in the question that no implementation claims.
+    skips with a reason among them. unclaimed: operators in the question that no implementation claims. examples: the
+    drawn cases of a law that were asked for; None for the default.
     """
 
     adapter: str
@@ -66,6 +68,7 @@ class Run:
     unclaimed: tuple[str, ...]
     corpus: str
     seconds: float
+    examples: int | None = None
     expected: dict[int, str] = field(default_factory=dict)
     complaints: tuple[str, ...] = ()
 
@@ -77,12 +80,29 @@ class Run:
     @property
     def ok(self) -> bool:
         """Nothing failed unexpectedly, no expectation was idle, no case was lost, something was compared."""
-        compared = any(v.kind == "vector" and v.outcome != "skipped" for v in self.verdicts)
+        compared = any(v.kind != "law" and v.outcome != "skipped" for v in self.verdicts)
         return not self.failures and not self.complaints and self.judged >= self.promised and compared
+
+    @property
+    def drawn(self) -> dict[str, int]:
+        """How many cases a law drew, by implementation and precision; those of which no law was judged are left out."""
+        judged = {(v.implementation, v.dtype, v.profile) for v in self.verdicts if v.kind == "law"}
+        return {
+            f"{i.name} {i.profile}": draws(i, self.examples)
+            for i in self.implementations
+            if (i.name, i.profile.dtype, i.profile.name) in judged
+        }
 
     @property
     def operators(self) -> list[str]:
         return sorted({v.op for v in self.verdicts})
+
+
+def draws(implementation: Implementation, examples: int | None) -> int:
+    """The cases that a law draws: as many as are asked for, else the default or the fewer that an adapter declares."""
+    if examples is not None:
+        return examples
+    return EXAMPLES if implementation.examples is None else min(EXAMPLES, implementation.examples)
 
 
 def read_expected_failures(path: Path) -> list[ExpectedFailure]:
@@ -105,33 +125,35 @@ def check(
     names: Sequence[str] | None = None,
     dtype: str | None = None,
     profile: str | None = None,
-    examples: int = EXAMPLES,
+    examples: int | None = None,
     expected: Sequence[ExpectedFailure] = (),
     folder: Path = FOLDER,
     progress: Callable[[int, int], None] | None = None,
 ) -> Run:
-    """Judge every claimed operator of an adapter (or those of `names`: operators or families).
+    """Judge every claimed operator and model of an adapter (or those of `names`: operators, families or models).
 
-    dtype restricts and profile overrides what the adapter declares. progress(done, total) runs after each operator.
+    dtype restricts and profile overrides what the adapter declares. examples: the drawn cases of a law; None for the
+    default, which an adapter may lower. progress(done, total) runs after each operator.
     """
     started = time.perf_counter()
-    unknown = [n for n in names or () if not any(selected(op, [n]) for op in OPERATORS())]
+    every = (*OPERATORS(), *model.MODELS())
+    unknown = [n for n in names or () if not any(selected(op, [n]) for op in every)]
     if unknown:
-        raise AdapterError(f"check: no operator or family {unknown[0]!r}; `refimpl ops` lists them")
+        raise AdapterError(f"check: no operator or family {unknown[0]!r}, nor a model; `refimpl ops` lists them")
     if profile is not None and profile not in PROFILES:
         raise AdapterError(f"check: expected a profile among {', '.join(PROFILES)}, received {profile!r}")
     implementations = _implementations(adapter, dtype, profile)
     if not implementations:
         raise AdapterError(f"check: {adapter} declares no implementation in {dtype}")
-    chosen = [op for op in OPERATORS() if names is None or selected(op, names)]
+    chosen = [op for op in every if names is None or selected(op, names)]
     manifest = read_manifest(folder)
     vectors = load_vectors(folder, chosen)
-    jobs = [(n, op) for n, i in enumerate(implementations) for op in chosen if op in i.functions]
+    jobs = [(n, op) for n, i in enumerate(implementations) for op in chosen if i.claims(op)]
     promised = sum(
         e["operator"] == op and implementations[n].profile.dtype in e["dtypes"]
         for n, op in jobs
         for e in manifest["cases"]
-    )
+    ) + sum(len(model.CASES()[name]) for _, name in jobs if name in model.MODELS())
     judging = _Judging(adapter, implementations, vectors, examples)
     verdicts: list[Verdict] = []
     for done, found in enumerate(_each(judging, jobs, dtype, profile), 1):
@@ -145,10 +167,11 @@ def check(
         implementations=implementations,
         verdicts=tuple(verdicts),
         promised=promised,
-        judged=sum(v.kind == "vector" for v in verdicts),
-        unclaimed=tuple(op for op in chosen if not any(op in i.functions for i in implementations)),
+        judged=sum(v.kind != "law" for v in verdicts),
+        unclaimed=tuple(op for op in chosen if not any(i.claims(op) for i in implementations)),
         corpus=manifest["sha256"],
         seconds=time.perf_counter() - started,
+        examples=examples,
         expected={i: e.reason for i, e in matched.items() if e is not None and verdicts[i].failed},
         complaints=complaints,
     )
@@ -170,25 +193,24 @@ class _Judging:
     adapter: str
     implementations: tuple[Implementation, ...]
     vectors: Sequence[Vector]
-    examples: int
+    examples: int | None
 
     def __call__(self, job: tuple[int, str]) -> list[Verdict]:
-        """Every verdict on one operator of one implementation."""
+        """Every verdict on one operator or model of one implementation."""
         implementation, op = self.implementations[job[0]], job[1]
-        function, profile = implementation.functions[op], implementation.profile
+        examples, profile = draws(implementation, self.examples), implementation.profile
+        with_laws = bool(examples) and implementation.laws
+        if op in implementation.models:
+            whole = implementation.models[op]
+            made = model.verdicts(implementation.name, whole, op, profile, with_laws=with_laws)
+            return [replace(v, outputs=(), variant=implementation.variant) for v in made]
+        function = implementation.functions[op]
         cases = [v for v in self.vectors if v.case.op == op and profile.dtype in v.case.dtypes]
         made = [judge(implementation.name, function, v, profile) for v in cases]
-        failed = [i for i, v in enumerate(made) if v.failed]
-        bugs = diagnose(list(zip(made, cases, strict=True)))
-        # One fault of logic explains the cases that it moves only a little.
-        logic = any(made[i].outcome == "logic" for i in failed) or any(not bug.precision for bug, _ in bugs)
-        for i in failed:
-            outcome = "logic" if logic and made[i].outcome == "precision" else made[i].outcome
-            made[i] = replace(made[i], equals=tuple(text for _, text in bugs), outcome=outcome)
-        if self.examples and implementation.laws:
+        made = explained(made, diagnose(list(zip(made, cases, strict=True))))
+        if with_laws:
             # Where the vectors show too little precision and no fault of logic, a broken law shows the same.
-            coarse = bool(failed) and all(made[i].outcome == "precision" for i in failed)
-            examples = min(self.examples, implementation.examples or self.examples)
+            coarse = {v.outcome for v in made if v.failed} == {"precision"}
             for law in _laws(op):
                 verdict = check_law(implementation.name, function, law, op, profile, examples)
                 made.append(replace(verdict, outcome="precision") if coarse and verdict.failed else verdict)
@@ -204,11 +226,17 @@ def _each(
         return
     given = (judging.adapter, dtype, profile, judging.vectors, judging.examples)
     # A multiprocessing.Pool would wait for ever for a process that a crash in native code has ended.
+    ended = AdapterError(f"check: a process that ran {judging.adapter} ended without a verdict")
     with ProcessPoolExecutor(WORKERS, get_context("spawn"), _begin, given) as pool:
         try:
-            yield from pool.map(_judge, jobs)
+            found = pool.map(_judge, jobs)
+        except (BrokenProcessPool, ValueError, OSError):
+            # The first process may end while the second is being started, through pipes that are closed by then.
+            raise ended from None
+        try:
+            yield from found
         except BrokenProcessPool:
-            raise AdapterError(f"check: a process that ran {judging.adapter} ended without a verdict") from None
+            raise ended from None
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
@@ -217,7 +245,9 @@ def _each(
 _PROCESS: list[_Judging] = []
 
 
-def _begin(adapter: str, dtype: str | None, profile: str | None, vectors: Sequence[Vector], examples: int) -> None:
+def _begin(
+    adapter: str, dtype: str | None, profile: str | None, vectors: Sequence[Vector], examples: int | None
+) -> None:
     """Set up a worker process; Ctrl-C ends it without a traceback."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     _PROCESS.append(_Judging(adapter, _implementations(adapter, dtype, profile), vectors, examples))
@@ -231,13 +261,18 @@ def _laws(op: str) -> list[Any]:
     return [law for law in families()[op.split(".")[0]].LAWS if op in law.operators]
 
 
+def _law_names(op: str) -> list[str]:
+    """The names of the laws of an operator or a model."""
+    return list(model.laws(op)) if op in model.MODELS() else [law.name for law in _laws(op)]
+
+
 def _expectation(expected: Sequence[ExpectedFailure], verdict: Verdict) -> ExpectedFailure | None:
     return next((e for e in expected if e.matches(verdict)), None)
 
 
 def _unknown(jobs: Sequence[tuple[int, str]], manifest: dict[str, Any]) -> tuple[str, ...]:
     """Claimed operators of which the corpus knows nothing: it is a part, or older than the operator."""
-    absent = sorted({op for _, op in jobs} - {e["operator"] for e in manifest["cases"]})
+    absent = sorted({op for _, op in jobs} - {e["operator"] for e in manifest["cases"]} - model.MODELS().keys())
     return tuple(f"the corpus has no case of {op}" for op in absent)
 
 
@@ -251,9 +286,9 @@ def _idle(expected: Sequence[ExpectedFailure], verdicts: Sequence[Verdict]) -> t
     for line in expected:
         met = [v for v in verdicts if line.matches(v)]
         asked = {v.op for v in verdicts if fnmatch.fnmatchcase(v.op, line.operator) and line.dtype in ("*", v.dtype)}
-        on_laws = any(fnmatch.fnmatchcase(law.name, line.case) for op in asked for law in _laws(op))
-        known = any(fnmatch.fnmatchcase(op, line.operator) for op in OPERATORS())
-        if known and (not asked or (on_laws and not any(v.kind == "vector" for v in met))):
+        on_laws = any(fnmatch.fnmatchcase(law, line.case) for op in asked for law in _law_names(op))
+        known = any(fnmatch.fnmatchcase(op, line.operator) for op in (*OPERATORS(), *model.MODELS()))
+        if known and (not asked or (on_laws and all(v.kind == "law" for v in met))):
             continue
         if not met:
             made.append(f"xfails line {line.line}: {line.pattern} matches no case that ran")
@@ -269,7 +304,7 @@ def repro_command(adapter: str, verdict: Verdict) -> str:
 
 def message(verdict: Verdict, failing_laws: Sequence[str] = (), adapter: str = "") -> str:
     """The one-line account of a failure: what, where, how far, which known bug, which laws, how to see it again."""
-    kind = "case" if verdict.kind == "vector" else "law"
+    kind = "law" if verdict.kind == "law" else "case"
     parts = [
         f"{verdict.op} {kind} {verdict.case} ({verdict.dtype} {verdict.profile}): {verdict.outcome}. {verdict.message}."
     ]

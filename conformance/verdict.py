@@ -8,7 +8,7 @@ skipped: the implementation declines, with its reason. errored: it raised.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -18,6 +18,7 @@ from conformance.budget import PROFILES, Profile, round_to
 from conformance.case import OPERATORS, Case, Function, Unsupported, as_tuple
 from conformance.law import LawFailed, call, contained
 from conformance.mutant import Mutant, mutants
+from conformance.strategies import sample, search
 from conformance.vectors import ELEVEN_BITS_INSIDE, FLOAT32_INSIDE, Vector
 
 OUTCOMES = ("pass", "precision", "logic", "unverifiable", "skipped", "errored")
@@ -26,7 +27,7 @@ FAILURES = ("precision", "logic", "errored")
 
 @dataclass(frozen=True)
 class Verdict:
-    """What happened to one case (kind "vector") or one law (kind "law").
+    """What happened to one case of an operator (kind "vector") or of a model ("model"), or under one law ("law").
 
     ratio: the worst |out - expected| / bound over the verifiable elements (nan where none was compared).
     equals: known bugs whose output this is. variant: the implementation's, where it has rows of its own in a report.
@@ -99,7 +100,7 @@ def compare(outputs: Sequence[np.ndarray], vector: Vector, profile: Profile | st
             known = np.ones_like(known)
         elements += expected.size
         unverifiable += int((~known).sum())
-        with np.errstate(invalid="ignore", divide="ignore"):
+        with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
             error = np.where((out == expected) | (np.isnan(out) & np.isnan(expected)), 0.0, np.abs(out - expected))
             ratio = np.where(error == 0, 0.0, error / bound)
         # NaN is a failure wherever the bound is finite; beyond an infinite bound anything may stand.
@@ -148,7 +149,7 @@ def judge(implementation: str, function: Function, vector: Vector, declared: Pro
     except LawFailed as fault:
         return replace(verdict, outcome="logic", ratio=np.inf, message=str(fault).partition(": ")[2])
     except Exception as error:
-        return replace(verdict, outcome="errored", message=_told(error))
+        return replace(verdict, outcome="errored", message=raised(error))
     result = compare(outputs, vector, profile, exact=case.exact)
     verdict = replace(
         verdict,
@@ -168,12 +169,28 @@ def judge(implementation: str, function: Function, vector: Vector, declared: Pro
     return replace(verdict, outcome="logic")
 
 
-def _told(error: Exception) -> str:
+def raised(error: BaseException) -> str:
     """What was raised, as text that every terminal and file can hold."""
     return f"{type(error).__name__}: {error}".encode("utf-8", "backslashreplace").decode()
 
 
-def diagnose(judged: Sequence[tuple[Verdict, Vector]]) -> tuple[tuple[Mutant, str], ...]:
+def explained(judged: Sequence[Verdict], bugs: Sequence[tuple[Mutant, str]]) -> list[Verdict]:
+    """The verdicts on the cases of one operator or model, with the known bugs that the failures equal."""
+    # One fault of logic explains the cases that it moves only a little.
+    logic = any(v.outcome == "logic" for v in judged) or any(not bug.precision for bug, _ in bugs)
+    texts = tuple(text for _, text in bugs)
+
+    def with_bugs(v: Verdict) -> Verdict:
+        return replace(v, equals=texts, outcome="logic" if logic and v.outcome == "precision" else v.outcome)
+
+    return [with_bugs(v) if v.failed else v for v in judged]
+
+
+def diagnose(
+    judged: Sequence[tuple[Verdict, Any]],
+    known: Sequence[Mutant] | None = None,
+    equals: Callable[..., bool] | None = None,
+) -> tuple[tuple[Mutant, str], ...]:
     """Known bugs of one operator whose output is the implementation's, each with a text that says how sure that is.
 
     A bug is named when it gives the same output on every failing case (or on two thirds of at least three, where no
@@ -183,13 +200,14 @@ def diagnose(judged: Sequence[tuple[Verdict, Vector]]) -> tuple[tuple[Mutant, st
     passing = [(v, vector) for v, vector in judged if v.outputs and not v.failed]
     if not failing:
         return ()
-    known = list(mutants(failing[0][0].op))
-    fits = [sum(_equals(m.call, v, vector, must_fail=True) for v, vector in failing) for m in known]
+    known = list(mutants(failing[0][0].op)) if known is None else known
+    equals = _equals if equals is None else equals
+    fits = [sum(equals(m.call, v, vector, must_fail=True) for v, vector in failing) for m in known]
     most = max(fits, default=0)
     if most < len(failing) and (len(failing) < 3 or 3 * most < 2 * len(failing)):
         return ()
     named = [m for m, fit in zip(known, fits, strict=True) if fit == most]
-    agree = [sum(_equals(m.call, v, vector) for v, vector in passing) for m in named]
+    agree = [sum(equals(m.call, v, vector) for v, vector in passing) for m in named]
     share = "" if most == len(failing) else f", on {most} of {len(failing)} failing cases"
     return tuple((m, f"{m}{share}") for m, a in zip(named, agree, strict=True) if a == max(agree))
 
@@ -233,25 +251,12 @@ def check_law(
     implementation: str, function: Function, law: Any, op: str, profile: Profile, examples: int, *, shrink: bool = True
 ) -> Verdict:
     """Run one law on drawn cases, derandomised; a failure carries the counter-example, the smallest with `shrink`."""
-    from hypothesis import HealthCheck, Phase, given, settings
     from hypothesis.errors import FlakyFailure
-
-    from conformance.strategies import of
 
     verdict = Verdict(implementation, op, law.name, profile.dtype, profile.name, "pass", "law")
     seen: list[Case] = []
     declined: list[str] = []
 
-    @settings(
-        max_examples=examples,
-        derandomize=True,
-        database=None,
-        deadline=None,
-        suppress_health_check=list(HealthCheck),
-        phases=[Phase.generate, Phase.shrink] if shrink else [Phase.generate],
-        report_multiple_bugs=False,
-    )
-    @given(of(op, profile))
     def holds(case: Case) -> None:
         seen.append(case)
         try:
@@ -260,23 +265,35 @@ def check_law(
         except Unsupported as reason:
             declined.append(str(reason))
 
+    first: Exception | None = None
+    flaky: Sequence[BaseException] = ()
     try:
-        holds()
+        for case in sample(op, profile, examples):
+            holds(case)
+    except Exception as error:
+        first = error
+    if first is None:
+        declines = bool(seen) and len(declined) == len(seen)
+        return replace(verdict, outcome="skipped", message=declined[0]) if declines else verdict
+    failing = seen[-1:]
+    try:
+        if not shrink:
+            raise first
+        # The search meets the same cases, and goes on to smaller ones.
+        search(op, profile, examples, holds)
+        seen, flaky = failing, (first,)
     except LawFailed as fault:
         return replace(verdict, outcome="logic", message=f"{fault}. Smallest case: {describe(seen[-1])}")
-    except FlakyFailure as flaky:
-        first = "; ".join(map(_told, flaky.exceptions))
-        text = f"not the same twice: a case failed once and passed when it was repeated: {first}"
-        return replace(verdict, outcome="logic", message=f"{text}. Case: {describe(seen[-1])}")
+    except FlakyFailure as group:
+        flaky = group.exceptions
     except Exception as error:
         return replace(
             verdict,
             outcome="errored",
-            message=f"{_told(error)}. Case: {describe(seen[-1]) if seen else '-'}",
+            message=f"{raised(error)}. Case: {describe(seen[-1]) if seen else '-'}",
         )
-    if seen and len(declined) == len(seen):
-        return replace(verdict, outcome="skipped", message=declined[0])
-    return verdict
+    text = f"not the same twice: a case failed once and passed when it was repeated: {'; '.join(map(raised, flaky))}"
+    return replace(verdict, outcome="logic", message=f"{text}. Case: {describe(seen[-1])}")
 
 
 def describe(case: Case) -> str:

@@ -24,11 +24,13 @@ class AdapterError(ValueError):
 
 @dataclass(frozen=True)
 class Implementation:
-    """Functions by operator name, under one declared precision. What is not in `functions` is not claimed.
+    """Functions by operator name, under one declared precision. What is not there is not claimed.
 
     laws: False leaves this one to the vectors, where a sibling that differs in the order of sums only has the laws.
     variant: what tells this one from its siblings in a report, where they are shown as rows of their own.
-    examples: the most drawn cases a law sees, where every one costs much (a graph has to be written and loaded).
+    models: whole models by name, as conformance/model.py calls one.
+    examples: how many drawn cases a law sees where no number is asked for and the default is too dear (a graph has to
+    be written and loaded for every one); the report says so.
     """
 
     name: str
@@ -38,6 +40,11 @@ class Implementation:
     laws: bool = True
     examples: int | None = None
     variant: str = ""
+    models: Mapping[str, Function] = field(default_factory=dict, repr=False)
+
+    def claims(self, name: str) -> bool:
+        """Whether an operator or a model is judged."""
+        return name in self.functions or name in self.models
 
 
 DEVIATIONS = Path(__file__).parent / "deviations"

@@ -34,6 +34,8 @@ def on_graph(call: Function, opset: int, load: Callable[[Any], Session]) -> Func
     def run(**arguments: Any) -> tuple[np.ndarray, ...]:
         from export import operator
 
+        # In the order of their names: a file lists the arrays of a case in any order, and every order would be a graph.
+        arguments = dict(sorted(arguments.items()))
         arrays = {k: v for k, v in arguments.items() if isinstance(v, np.ndarray)}
         numbers = {k: v for k, v in arguments.items() if k not in arrays}
         key = repr(numbers), tuple((k, v.dtype, v.ndim) for k, v in arrays.items())

@@ -4,6 +4,7 @@ A function receives the operator's arguments by name (`refimpl ops NAME` prints 
 format, bfloat16 as ml_dtypes.bfloat16, and returns an array, or a tuple in the order of the operator's outputs.
 PROFILE = {"float32": "strict", "bfloat16": "eager"} names the formats to judge and the arithmetic declared for each;
 without it: float64 and float32. "float32": "strict A64" declares exact angles at any position.
+IMPLEMENTS = {"roformer": function} names a whole model; `refimpl ops roformer` tells how it is called.
 The file is run as Python code with your rights: judge only files that you would run.
 """
 
@@ -18,6 +19,7 @@ from conformance.adapters import AdapterError, Implementation
 from conformance.budget import Profile
 from conformance.case import OPERATORS
 from conformance.law import contained
+from conformance.model import MODELS
 
 DEFAULT_PROFILE = {"float64": "strict", "float32": "strict"}
 
@@ -52,9 +54,9 @@ def implementations(target: str) -> tuple[Implementation, ...]:
     if not isinstance(claimed, dict) or not claimed:
         raise AdapterError(f'adapter python:{target}: expected IMPLEMENTS = {{"operator": function, ...}} in the file')
     for name, function in claimed.items():
-        if name not in OPERATORS():
+        if name not in OPERATORS() and name not in MODELS():
             raise AdapterError(
-                f"adapter python:{target}: IMPLEMENTS names {name!r}, which is no operator; see `refimpl ops`"
+                f"adapter python:{target}: IMPLEMENTS names {name!r}, which is no operator or model; see `refimpl ops`"
             )
         if not callable(function):
             raise AdapterError(f"adapter python:{target}: IMPLEMENTS[{name!r}] is not callable: {function!r}")
@@ -64,8 +66,9 @@ def implementations(target: str) -> tuple[Implementation, ...]:
             f'adapter python:{target}: expected PROFILE = {{"float32": "strict", ...}}, received {declared!r}'
         )
     version = str(getattr(module, "__version__", ""))
+    functions, models = ({n: f for n, f in claimed.items() if (n in MODELS()) == whole} for whole in (False, True))
     return tuple(
-        Implementation(path.name, dict(claimed), _profile(target, dtype, text), version)
+        Implementation(path.name, functions, _profile(target, dtype, text), version, models=models)
         for dtype, text in declared.items()
     )
 

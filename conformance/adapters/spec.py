@@ -8,7 +8,7 @@ array, whose every operation runs in the working precision. 16-bit members accum
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import cache
 from typing import Any
 
@@ -17,6 +17,7 @@ import numpy as np
 from conformance.adapters import Implementation
 from conformance.budget import DTYPES, Profile
 from conformance.case import OPERATORS, Function, storage_type
+from conformance.model import MODELS
 from refimpl import check
 
 ORDERS = ("blas", "reversed", "split")
@@ -191,6 +192,17 @@ def _member(function: Function, dtype: str, order: str, *, eager: bool) -> Funct
     return run
 
 
+def _whole(function: Function, dtype: str, order: str) -> Function:
+    """A whole model in the working precision, or in float64 throughout where no order is named."""
+    target = storage_type(dtype)
+
+    def run(*arguments: Any, **options: Any) -> Any:
+        with working_precision(dtype, order, eager=False) if order else nullcontext():
+            return _stored(function(*arguments, **options), target)
+
+    return run
+
+
 def _stored(result: Any, target: np.dtype) -> Any:
     if isinstance(result, (tuple, list)):
         return tuple(_stored(r, target) for r in result)
@@ -205,14 +217,18 @@ def _wide(function: Function, dtype: str) -> Function:
 
 
 def implementations() -> tuple[Implementation, ...]:
-    """Every operator in each storage format: rounded once; float32 accumulation in three orders; eager."""
+    """Every operator in each storage format: rounded once; float32 accumulation in three orders; eager.
+
+    Models in float64 and float32: behind a layer or two the bounds of 16 bits say nothing.
+    """
     from refimpl import __version__
 
     made = []
     calls = {name: operator.call for name, operator in OPERATORS().items()}
 
-    def add(name: str, functions: dict[str, Function], profile: Profile, *, laws: bool) -> None:
-        made.append(Implementation(f"spec {name}", functions, profile, __version__, laws))
+    def add(name: str, functions: dict[str, Function], profile: Profile, *, laws: bool, order: str = "") -> None:
+        models = {} if profile.sixteen_bit else {n: _whole(m.model, profile.dtype, order) for n, m in MODELS().items()}
+        made.append(Implementation(f"spec {name}", functions, profile, __version__, laws, models=models))
 
     for dtype in DTYPES:
         strict = Profile(dtype, "strict", "A64" if dtype == "float64" else "A32")
@@ -221,7 +237,7 @@ def implementations() -> tuple[Implementation, ...]:
         add(dtype, wide, Profile(dtype, "strict", "A64"), laws=dtype == "float64")
         for order in ORDERS:
             members = {n: _member(f, dtype, order, eager=False) for n, f in calls.items()}
-            add(f"{dtype} {order}", members, strict, laws=dtype == "float32" and order == "split")
+            add(f"{dtype} {order}", members, strict, laws=dtype == "float32" and order == "split", order=order)
         if strict.sixteen_bit:
             members = {n: _member(f, dtype, "blas", eager=True) for n, f in calls.items()}
             add(f"{dtype} eager", members, Profile(dtype, "eager"), laws=True)

@@ -14,7 +14,8 @@ def to_tensor(array: np.ndarray) -> Any:
     import torch
 
     array = np.array(array)
-    if array.dtype.name == "bfloat16":
+    # Only NumPy's own formats are of these kinds.
+    if array.dtype.kind not in "fiub" and array.dtype.name == "bfloat16":
         return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
     return torch.from_numpy(array)
 
@@ -49,7 +50,9 @@ def on_arrays(function: Function, device: str = "cpu") -> Function:
         import torch
 
         with torch.no_grad():
-            given = {k: to_tensor(v).to(device) if isinstance(v, np.ndarray) else v for k, v in arguments.items()}
+            given = {k: to_tensor(v) if isinstance(v, np.ndarray) else v for k, v in arguments.items()}
+            if device != "cpu":
+                given = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in given.items()}
             return to_arrays(function(**given))
 
     return call

@@ -2,6 +2,7 @@
 
 Capturing takes longer than all the rest: the adapter torchimpl-compiled captures every case, and generates its code.
 
+Whole models are judged in float64 and float32: behind a layer or two the bounds of 16 bits say nothing.
 float64 and float32 are strict. In 16 bits every operator computes its islands in float32 but rounds what passes from
 one part to the next, which is the eager profile; STRICT names those that round once.
 """
@@ -17,12 +18,10 @@ from conformance.adapters import Implementation
 from conformance.adapters.tensors import on_arrays, to_arrays, to_tensor
 from conformance.budget import DTYPES, Profile
 from conformance.case import OPERATORS, Function, Package, Unsupported, families
+from conformance.model import MODELS
 
 # One rounding, of the output: everything inside is float32 or better.
 STRICT = ("activation.", "norm.", "rope.", "attention_kernel.")
-
-# Drawn cases of a law at most, in formats other than float32, which runs the same lines with as many as are asked for.
-EXAMPLES = 3
 
 
 def compiled(
@@ -38,17 +37,61 @@ def compiled(
     def call(**arguments: Any) -> Any:
         import torch
 
-        tensors = {k: to_tensor(v).to(device) for k, v in arguments.items() if isinstance(v, np.ndarray)}
-        fixed = {k: v for k, v in arguments.items() if k not in tensors}
+        # In the order of their names: a file lists the arrays of a case in any order, and every order would be a graph.
+        given = dict(sorted(arguments.items()))
+        tensors = {k: to_tensor(v).to(device) for k, v in given.items() if isinstance(v, np.ndarray)}
+        fixed = {k: v for k, v in given.items() if k not in tensors}
         key = repr(fixed), tuple((k, t.dtype, t.ndim) for k, t in tensors.items())
         if key not in graphs:
             if len(graphs) == most:
                 raise Unsupported(f"{most} graph of every operator is captured here, all by torchimpl-compiled")
+            _configure()
             graphs[key] = torch.compile(
                 lambda given: function(**given, **fixed), fullgraph=True, dynamic=dynamic, backend=backend
             )
         with torch.no_grad():
             return to_arrays(graphs[key](tensors))
+
+    return call
+
+
+def _configure() -> None:
+    """Set the compiler up before its first graph: loading it takes seconds that a process without graphs is spared."""
+    import torch
+    from torch.fx.experimental import _config as fx_config
+
+    # Every case of the corpus may ask for a graph of its own; the number of results may depend on values.
+    torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 1 << 20
+    torch._dynamo.config.capture_dynamic_output_shape_ops = True
+    # Numbers of a case are configuration: sizes stay open, numbers are part of the graph.
+    torch._dynamo.config.specialize_float = torch._dynamo.config.specialize_int = True
+    # Sizes that are equal by chance are no one size: Inductor fails where a width is one more than the documents.
+    fx_config.use_duck_shape = False
+
+
+def whole(device: str = "cpu") -> Function:
+    """A model of the specification's weights, of any Config, with the head that its case has."""
+    modules: dict[Any, Any] = {}
+
+    def call(weights: Any, *inputs: Any, config: Any, visible: Any) -> Any:
+        import torch
+
+        from refimpl.model import Model as Specification
+        from torchimpl.model import Model
+
+        tensors = {name: to_tensor(array).to(device) for name, array in weights.items()}
+        dtype = tensors["embedding.token"].dtype
+        key = config, visible, dtype
+        if key not in modules:
+            head = MODELS()[config.model].HEAD
+            modules[key] = Model(Specification(config, (head,), visible)).to(device, dtype).eval()
+        module = modules[key]
+        module.load_weights(tensors)
+        given = [None if array is None else to_tensor(array).to(device) for array in inputs]
+        with torch.no_grad():
+            states = module.hidden_states(*given)
+            (head,) = module.heads.values()
+            return to_arrays((head(states[-1], module.encoder.embedding.token), *states))
 
     return call
 
@@ -66,11 +109,6 @@ def rows(
     import torch
 
     torch.set_num_threads(1)
-    # Every case of the corpus may ask for a graph of its own; the number of results may depend on values.
-    torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 1 << 20
-    torch._dynamo.config.capture_dynamic_output_shape_ops = True
-    # Numbers of a case are configuration: sizes stay open, numbers are part of the graph.
-    torch._dynamo.config.specialize_float = torch._dynamo.config.specialize_int = True
     package = Package("torchimpl.ops")
     for family in families():
         getattr(package, family)
@@ -85,11 +123,16 @@ def rows(
             strict = {op: f for op, f in made.items() if not Profile(dtype).sixteen_bit or op.startswith(STRICT)}
             rest = {op: f for op, f in made.items() if op not in strict}
             version = f"torch {torch.__version__}, {backend if variant else 'eager'}, {device}"
-            most_drawn = None if dtype == "float32" else EXAMPLES
             for functions, profile in ((strict, "strict"), (rest, "eager")):
                 if functions:
                     name, declared = f"torchimpl {variant}".strip(), Profile(dtype, profile, "A64")
-                    found.append(Implementation(name, functions, declared, version, not variant, most_drawn, variant))
+                    eagerly = not variant and functions is strict and not declared.sixteen_bit
+                    models = dict.fromkeys(MODELS(), whole(device)) if eagerly else {}
+                    found.append(
+                        Implementation(
+                            name, functions, declared, version, laws=not variant, variant=variant, models=models
+                        )
+                    )
     return tuple(found)
 
 

@@ -37,8 +37,9 @@ def blind_to_padding(case: Case) -> bool:
 
 def laws(case: Case) -> list[Callable[..., None]]:
     """The laws that hold for a case: padding on the left moves the borders of the chunks."""
+    counted = (_encoder.padding,) if blind_to_padding(case) else (_encoder.padding, _encoder.streamed)
     blind = [_encoder.right_padding] if blind_to_padding(case) else []
-    return blind + [law for law in _encoder.LAWS if law is not _encoder.padding]
+    return blind + [law for law in _encoder.LAWS if law not in counted]
 
 
 # What is called.

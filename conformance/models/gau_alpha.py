@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import numpy as np
 
-from conformance.budget import Arithmetic, affine
+from conformance.budget import Arithmetic, Profile, affine
 from conformance.generate import Draw
 from conformance.models import _encoder
 from conformance.models._encoder import Case, Expected, Model
@@ -50,6 +51,22 @@ def reference(a: Arithmetic, case: Case) -> Expected:
         )  # fmt: skip
     table = a.exact(case.weights["embedding.token"])
     return Expected(affine(states[-1], table.transpose(1, 0), None), tuple(states))
+
+
+# Laws.
+def floors_meet(model: Model, case: Case, reference: _encoder.Reference, profile: Profile) -> None:
+    """Where every token sees sixteen keys, n_min 16 gives what n_min 1 gives: dialects differ in short texts only."""
+    long, b = case.with_(segment_ids=None, mask=None, positions=None, visible="bidirectional"), len(case.token_ids)
+    ids = Draw(f"{case.name}/sixteen").integers((b, 16), 0, case.config.vocab_size - 1)
+    one, other = (long.with_(token_ids=ids, config=replace(case.config, n_min=n_min)) for n_min in (1, 16))
+    radii = {name: 2 * ball.rad for name, ball in _encoder.finished(reference, one, profile).items()}
+    found, due = (_encoder.run(model, each, profile) for each in (other, one))
+    _encoder.within("floors_meet, 16 tokens", found, due, case, radii, profile)
+
+
+def laws(case: Case) -> list[Callable[..., None]]:
+    """The laws that hold for a case."""
+    return [*_encoder.LAWS, floors_meet]
 
 
 # Cases.

@@ -3,12 +3,16 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from xml.etree import ElementTree
 
 import pytest
 
 from conformance import report, runner, vectors
-from conformance.adapters import AdapterError, load
+from conformance.adapters import AdapterError, Implementation, load
+from conformance.budget import Profile
+from conformance.case import families
+from refimpl.ops import norm
 
 RIGHT = """
 import numpy as np
@@ -268,3 +272,53 @@ def test_an_expectation_on_no_operator_is_idle(tmp_path, right):
     lines = expectations(tmp_path, "norm.rmsnorm/grid  # misspelt\nnorm.layer_norm/grid  # not asked for\n")
     complaints = runner.check(right, examples=0, dtype="float32", expected=lines).complaints
     assert complaints == ("xfails line 1: norm.rmsnorm/grid matches no case that ran",)
+
+
+def counted(monkeypatch, cap, **options):
+    """A run over one operator whose adapter declares `cap`: the run, and how many cases each law saw."""
+    seen = []
+    checked = runner.check_law
+
+    def check_law(name, function, law, *rest):
+        calls = []
+
+        def spy(implementation, case):
+            calls.append(case)
+            law.check(implementation, case)
+
+        made = checked(name, function, type(law)(spy, law.operators, law.clauses), *rest)
+        seen.append(len(calls))
+        return made
+
+    rms = {"norm.rms_norm": lambda **given: norm.rms_norm(given["x"], epsilon=given["epsilon"])}
+    rows = (Implementation("dear", rms, Profile("float64", "strict", "A64"), examples=cap),)
+    monkeypatch.setattr(runner, "check_law", check_law)
+    monkeypatch.setattr(runner, "load", lambda _: rows)
+    return runner.check("dear", names=["norm.rms_norm"], **options), seen
+
+
+@pytest.mark.parametrize(
+    ("cap", "asked", "drawn"),
+    [(None, None, 10), (3, None, 3), (40, None, 10), (3, 10, 10), (3, 12, 12), (3, 2, 2), (None, 12, 12), (3, 0, None)],
+)
+def test_a_number_of_drawn_cases_that_is_asked_for_is_drawn(monkeypatch, cap, asked, drawn):
+    """Without one, the default, which an adapter may lower and the report then tells."""
+    run, seen = counted(monkeypatch, cap, examples=asked)
+    laws = sum("norm.rms_norm" in law.operators for law in families()["norm"].LAWS)
+    assert run.ok and seen == ([] if drawn is None else [drawn] * laws)
+    told = f"({drawn} drawn cases a law instead of 10)"
+    assert (told in report.summary(run)) == (drawn in (2, 3))
+    assert json.loads(report.json_lines(run).splitlines()[0])["implementations"][0]["drawn"] == (drawn or 0)
+
+
+def test_the_report_names_the_rows_that_drew_fewer(monkeypatch, right):
+    rows = load(right)
+    fewer = tuple(replace(i, examples=4 if i.profile.dtype == "float32" else None) for i in rows)
+    monkeypatch.setattr(runner, "load", lambda _: fewer)
+    text = report.summary(runner.check(right))
+    assert "(4 drawn cases a law instead of 10 for right.py float32-strict)" in text
+
+
+def test_the_project_s_own_operators_are_judged_by_as_many_cases_as_any():
+    pytest.importorskip("torch")
+    assert {runner.draws(i, None) for i in load("torchimpl")} == {runner.EXAMPLES}

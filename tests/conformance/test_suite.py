@@ -125,3 +125,17 @@ def test_drawn_inputs_are_exact_in_their_storage_format(data):
     assert all(
         np.isfinite(v).all() for v in case.arguments.values() if isinstance(v, np.ndarray) and v.dtype.kind == "f"
     )
+
+
+@pytest.mark.parametrize("profile", [Profile("float32"), Profile("float16", "eager", "A64")], ids=str)
+def test_what_the_laws_of_an_operator_share_is_what_a_search_meets(profile):
+    """Drawn once in float64 and rounded: a strategy that looked at the format would be found here."""
+    for op in OPERATORS():
+        met = []
+        strategies.search(op, profile, 3, met.append)
+        shared = strategies.sample(op, profile, 3)
+        assert [c.profile for c in shared] == [profile] * len(met), op
+        for one, two in zip(shared, met, strict=True):
+            assert one.arguments.keys() == two.arguments.keys()
+            for name, value in two.arguments.items():
+                np.testing.assert_array_equal(one[name], value, err_msg=f"{op} {name}", strict=True)

@@ -7,7 +7,7 @@ import pytest
 
 from conformance import vectors
 from conformance.budget import Profile
-from conformance.case import Unsupported, families
+from conformance.case import Case, Unsupported, families, known_reference, reference
 from conformance.law import LawFailed, close
 from conformance.verdict import check_law, compare, informative, judge
 from refimpl.ops import norm
@@ -216,3 +216,50 @@ def test_an_unknown_tolerance_says_nothing():
 def test_a_nan_is_not_called_inexact():
     result = compare([np.array([np.nan])], vector_of([1.0], [0.1]), F32, exact=False)
     assert "exactly" not in result.message and "beyond any bound" in result.message
+
+
+def test_a_law_that_fails_once_is_not_passed(corpus):
+    """Wrong on its first call alone: repeating the search finds nothing, and that is said."""
+    calls = []
+
+    def first_wrong(x, epsilon):
+        calls.append(x)
+        return right(x, epsilon) + (len(calls) == 1)
+
+    law = next(law for law in families()["norm"].LAWS if law.name == "spike")
+    verdict = check_law("x", first_wrong, law, OP, F32, 5)
+    assert verdict.outcome == "logic" and "not the same twice" in verdict.message and "x=" in verdict.message
+
+
+def test_a_law_stops_at_the_first_failure_where_nothing_is_shrunk():
+    calls = []
+
+    def zeros(x, epsilon):
+        calls.append(x)
+        return np.zeros_like(x)
+
+    law = next(law for law in families()["norm"].LAWS if law.name == "spike")
+    assert check_law("x", zeros, law, OP, F32, 5, shrink=False).outcome == "logic" and len(calls) == 1
+
+
+def test_a_reference_that_is_known_is_the_one_that_is_derived(monkeypatch):
+    x = np.array([[3.0, 4.0, 0.0]])
+    case = Case(OP, "drawn", {"x": x, "epsilon": 0.0}, known={})
+    others = [
+        case,
+        case.with_(x=-x),
+        case.with_(epsilon=2.75),
+        case.under(BF16),
+        Case("norm.layer_norm", "drawn", {**case.arguments, "scale": x[0], "bias": x[0]}, known=case.known),
+    ]
+    derived = [reference(c)["y"] for c in others]
+    for _ in range(2):
+        for c, ball in zip(others, derived, strict=True):
+            np.testing.assert_array_equal(known_reference(c)["y"].value, ball.value)
+            np.testing.assert_array_equal(known_reference(c)["y"].rad, ball.rad)
+    assert len(case.known) == len(others) and not known_reference(case)["y"].rad.flags.writeable
+    monkeypatch.setattr("conformance.case.reference", None)
+    known_reference(case.with_(epsilon=2.75))
+    with pytest.raises(TypeError):
+        # Equal numbers, and another quotient under 1 / x.
+        known_reference(case.with_(x=np.where(x == 0, -0.0, x)))

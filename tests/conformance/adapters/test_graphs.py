@@ -79,3 +79,14 @@ def test_a_graph_is_written_for_an_operator(tmp_path):
 def test_every_operator_of_the_corpus_has_a_graph():
     missing = {c.op for c in cases()} - operators().keys()
     assert not missing
+
+
+def test_the_order_in_which_a_file_lists_arrays_asks_for_no_graph_of_its_own():
+    from conformance.adapters.onnx_reference import _load
+
+    loaded = []
+    run = on_graph(operators()["norm.rms_norm_scaled"], 20, lambda model: loaded.append(model) or _load(model))
+    given = {"x": np.array([[3.0, 4.0]]), "scale": np.array([1.0, 2.0]), "epsilon": 0.0}
+    one, two = run(**given), run(**dict(reversed(given.items())))
+    assert len(loaded) == 1 and np.array_equal(one, two)
+    assert np.allclose(one, [[3 / 12.5**0.5, 8 / 12.5**0.5]], rtol=1e-15)
