@@ -30,9 +30,11 @@ def compiled(
     """`function` as one graph of torch.compile; numbers, names and None are part of the graph.
 
     dynamic: True for open sizes from the first call on, None for torch's own choice: open where they have changed.
-    most: how many such functions are compiled; a case that needs another one is declined.
+    most: how many such functions are compiled, each at most twice, for the sizes of its first case and for open ones; a
+      case that needs another one is declined.
     """
     graphs: dict[Any, Any] = {}
+    times: dict[Any, int] = {}
 
     def call(**arguments: Any) -> Any:
         import torch
@@ -46,11 +48,26 @@ def compiled(
             if len(graphs) == most:
                 raise Unsupported(f"{most} graph of every operator is captured here, all by torchimpl-compiled")
             _configure()
+            turn = torch._dynamo.lookup_backend(backend)
+
+            def count(graph: Any, inputs: Any) -> Any:
+                times[key] = times.get(key, 0) + 1
+                return turn(graph, inputs)
+
             graphs[key] = torch.compile(
-                lambda given: function(**given, **fixed), fullgraph=True, dynamic=dynamic, backend=backend
+                lambda given: function(**given, **fixed),
+                fullgraph=True,
+                dynamic=dynamic,
+                backend=backend if most is None else count,
             )
-        with torch.no_grad():
-            return to_arrays(graphs[key](tensors))
+        done = times.get(key, 0) > 1
+        with torch.no_grad(), torch.compiler.set_stance("fail_on_recompile" if done else "default"):
+            try:
+                return to_arrays(graphs[key](tensors))
+            except RuntimeError as error:
+                if done and "fail_on_recompile" in str(error):
+                    raise Unsupported("sizes that ask for a third graph are left to torchimpl-compiled") from None
+                raise
 
     return call
 
