@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional
 
-from torchimpl import check
+from torchimpl import check, dense
 from torchimpl.ops import attention_kernel, rope
 
 
@@ -135,7 +135,7 @@ def project(x: Float[Tensor, "*b d"], w: Float[Tensor, "..."], b: Float[Tensor, 
     if b is not None:
         check.real("attention.project", "b", b)
         check.shape("attention.project", b.shape == w.shape[1:], expected, x=x, w=w, b=b)
-    return functional.linear(x, w.T, b)
+    return dense.linear(x, w, b)
 
 
 def multi_head_attention(
