@@ -126,13 +126,15 @@ def train(
 def _train(given: dict[str, Any]) -> None:
     # Loading all of this takes seconds, in which Ctrl-C is heard as well.
     from refimpl.check import SpecError
-    from torchimpl import training
+    from torchimpl import memory, training
     from torchimpl.checkpoint import CheckpointError
     from torchimpl.lora import LoraError
     from torchimpl.run import TrainError
 
     try:
         request = _request(given)
+        if request.device == "cpu":
+            memory.keep_freed()
         with _shown() as (told, progress):
             fitted = training.run(request, told, progress)
     except (TrainError, CheckpointError, LoraError, SpecError, OSError) as error:
