@@ -5,9 +5,19 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
+
 from conformance import report, runner
+from refimpl import model as specification
+from refimpl.models import gau_alpha
+from refimpl.models._heads import TiedLM
+from tests.golden import checkpoints, originals
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
+SMALL = {
+    "vocab_size": 120, "segments": 2, "hidden_size": 32, "layers": 1, "expanded_size": 64, "key_size": 16,
+}  # fmt: skip
+MODULES = {"refimpl": "refimpl.cli", "torchrun": "torch.distributed.run"}
 README = (EXAMPLES.parent / "README.md").read_text(encoding="utf-8")
 
 
@@ -53,7 +63,7 @@ def test_a_failing_law_shows_the_shrunk_case():
 
 
 def section(title):
-    """The Python blocks and the `refimpl` commands of a section of the README, in order."""
+    """The Python blocks and the commands of a section of the README, in order."""
     text = README.partition(f"\n## {title}\n")[2].partition("\n## ")[0]
     made = []
     for language, block in re.findall(r"```(python)?\n(.*?)```", text, flags=re.DOTALL):
@@ -61,7 +71,7 @@ def section(title):
             made.append([sys.executable, "-c", block])
         else:
             lines = [line.partition("#")[0].split() for line in block.splitlines()]
-            made += [[sys.executable, "-m", "refimpl.cli", *line[1:]] for line in lines]
+            made += [[sys.executable, "-m", MODULES[line[0]], *line[1:]] for line in lines]
     return made
 
 
@@ -82,3 +92,34 @@ def test_the_operators_as_the_readme_calls_them(tmp_path):
         done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
     assert (tmp_path / "rms_norm.onnx").is_file() and (tmp_path / "out" / "gau_unit.onnx").is_file()
+
+
+def test_original_checkpoints_as_the_readme_converts_and_trains_them(tmp_path):
+    characters = [chr(0x4E00 + i) for i in range(115)]
+    vocabulary = "".join(f"{token}\n" for token in ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *characters))
+    source = tmp_path / "chinese_roformer-v2-char_L-12_H-768_A-12"
+    sizes = {"hidden_size": 48, "num_attention_heads": 3, "intermediate_size": 192, "vocab_size": 120}
+    checkpoints.tensorflow(
+        source, originals.copy("b4k_roformer_v2").weights, sizes | {"num_hidden_layers": 1, "hidden_act": "relu"}, 1
+    )
+    for folder in (source, tmp_path):
+        (folder / "vocab.txt").write_text(vocabulary, encoding="utf-8")
+    token_ids = np.array([[2, 7, 9, 3], [2, 8, 3, 0]])
+    np.savez(tmp_path / "ids.npz", token_ids=token_ids, segment_ids=0 * token_ids)
+    np.savez(tmp_path / "corpus.npz", token_ids=np.random.default_rng(0).integers(5, 120, (40, 16)))
+    texts = ["".join(characters[i : i + 9]) for i in range(60)]
+    (tmp_path / "corpus.txt").write_text("".join(f"{text}\n" for text in texts), encoding="utf-8")
+    rows = "".join(f"{text}\t{i % 2}\n" for i, text in enumerate(texts))
+    (tmp_path / "reviews.tsv").write_text("text\tlabel\n" + rows, encoding="utf-8")
+    small = gau_alpha.dialect("bert4keras-0.11.5", **SMALL)
+    specification.write(specification.Model(small, (TiedLM(),), "bidirectional"), tmp_path / "model.json")
+
+    commands = section("Original checkpoints") + section("Training")
+    assert len(commands) == 7
+    for command in commands:
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+    with np.load(tmp_path / "states.npz") as made:
+        assert made["last_hidden_state"].shape == (2, 4, 48)
+    for trained in ("reviews", "mlm", "further"):
+        assert (tmp_path / "out" / trained / "model" / "model.safetensors").is_file()

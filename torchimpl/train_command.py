@@ -32,7 +32,7 @@ HELP = """Train a model: fine-tune a classifier, or pre-train a language model.
 [bold]Examples[/bold]
 refimpl train finetune MODEL reviews.tsv out/reviews --tokenizer vocab.txt
 refimpl train mlm model.json corpus.txt out/mlm --tokenizer vocab.txt --segmenter jieba
-torchrun --nproc-per-node 2 -m refimpl.cli train mlm MODEL corpus.npz out/mlm
+torchrun --nproc-per-node 2 -m refimpl.cli train mlm MODEL corpus.npz out/further
 
 \b
 [bold]Where no option says otherwise[/bold]

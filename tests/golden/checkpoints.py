@@ -25,6 +25,30 @@ def gau_alpha(folder):
     return dict(np.load(HERE / "gau_alpha" / "b4k_gau_alpha.npz"))
 
 
+def tensorflow(folder, kept, config, layers):
+    """bert4keras' checkpoint with the golden arrays `kept` where it has them, and random numbers elsewhere."""
+    from tests.golden.originals import BERT4KERAS
+    from tests.refimpl import test_bundle as bundles
+
+    drawn, tensors = np.random.default_rng(5), {}
+    for ours, name in BERT4KERAS.items():
+        for i in range(layers if "{}" in ours else 1):
+            theirs = name.format(i)
+            if theirs.startswith("GAU"):
+                continue
+            if theirs in kept:
+                tensors[theirs] = kept[theirs]
+            elif "layers" in ours and config["hidden_act"] == "gelu":
+                d, f = config["hidden_size"], config["intermediate_size"]
+                last = ours.rpartition(".")[2]
+                shape = {"w_in": (d, f), "w_out": (f, d), "b_in": (f,)}.get(last, (d, d) if last[:2] == "w_" else (d,))
+                tensors[theirs] = drawn.standard_normal(shape).astype(np.float32)
+    folder.mkdir()
+    bundles.write(folder / "bert_model.ckpt", {name: bundles.stored(array) for name, array in tensors.items()})
+    (folder / "bert_config.json").write_text(json.dumps(config))
+    return tensors
+
+
 def junnyu():
     """The tensors of JunnYu's RoFormer under their names, tied ones twice as in his files; and what it gives."""
     arrays = dict(np.load(HERE / "roformer" / "jy_roformer.npz"))

@@ -133,36 +133,13 @@ def test_the_same_gau_alpha_in_pytorch_names_is_the_same_folder(gau, tmp_path, l
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "other" / name).read_bytes()
 
 
-def tensorflow(folder, kept, config, layers):
-    """A TensorFlow checkpoint with the golden arrays `kept` where it has them, and random numbers elsewhere."""
-    from tests.refimpl import test_bundle as bundles
-
-    drawn, tensors = np.random.default_rng(5), {}
-    for ours, name in by_hand.BERT4KERAS.items():
-        for i in range(layers if "{}" in ours else 1):
-            theirs = name.format(i)
-            if theirs.startswith("GAU"):
-                continue
-            if theirs in kept:
-                tensors[theirs] = kept[theirs]
-            elif "layers" in ours and config["hidden_act"] == "gelu":
-                d, f = config["hidden_size"], config["intermediate_size"]
-                last = ours.rpartition(".")[2]
-                shape = {"w_in": (d, f), "w_out": (f, d), "b_in": (f,)}.get(last, (d, d) if last[:2] == "w_" else (d,))
-                tensors[theirs] = drawn.standard_normal(shape).astype(np.float32)
-    folder.mkdir()
-    bundles.write(folder / "bert_model.ckpt", {name: bundles.stored(array) for name, array in tensors.items()})
-    (folder / "bert_config.json").write_text(json.dumps(config))
-    return tensors
-
-
 def test_the_first_layer_of_bert4keras_roformer_v2(tmp_path):
     original = by_hand.copy("b4k_roformer_v2")
     config = {
         "hidden_size": 48, "num_hidden_layers": 1, "num_attention_heads": 3, "intermediate_size": 192,
         "hidden_act": "relu", "vocab_size": 120,
     }  # fmt: skip
-    tensorflow(tmp_path / "tf", original.weights, config, 1)
+    checkpoints.tensorflow(tmp_path / "tf", original.weights, config, 1)
     converting.convert(tmp_path / "tf", tmp_path / "out", dialect=NEW)
     held, ids = checkpoint.load(tmp_path / "out"), original.double["io/token_ids"]
     assert held.model.heads == (TiedLM(),)
@@ -179,7 +156,7 @@ def test_every_head_of_bert4keras_roformer(tmp_path):
         "hidden_size": 64, "embedding_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 117,
         "intermediate_size": 160, "hidden_act": "gelu",
     }  # fmt: skip
-    tensors = tensorflow(tmp_path / "tf", original.weights, config, 2)
+    tensors = checkpoints.tensorflow(tmp_path / "tf", original.weights, config, 2)
     converting.convert(tmp_path / "tf", tmp_path / "out", dialect=NEW, pooler="linear")
     held, weights = checkpoint.load(tmp_path / "out"), arrays(tmp_path / "out")
     assert held.model.heads == (Pooler("linear"), NextSentence())

@@ -6,6 +6,9 @@ import subprocess
 import sys
 
 import pytest
+from typer.testing import CliRunner
+
+from torchimpl import memory, train_command
 
 glibc = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="malloc is not glibc's")
 PAGES = 64 * 2**20 // 4096
@@ -46,3 +49,12 @@ def test_freed_blocks_are_used_again():
 def test_an_environment_that_tunes_malloc_is_left_alone(variable):
     value = "glibc.malloc.arena_max=4" if variable == "GLIBC_TUNABLES" else "4096"
     assert run("keep", **{variable: value})[0] == "False"
+
+
+@pytest.mark.parametrize(("device", "asked"), [("cpu", 1), ("cuda", 0)])
+def test_training_on_a_processor_keeps_what_it_frees(monkeypatch, tmp_path, device, asked):
+    calls = []
+    monkeypatch.setattr(memory, "keep_freed", lambda: calls.append(1))
+    absent = [str(tmp_path / name) for name in ("model.json", "corpus.npz", "out")]
+    told = CliRunner().invoke(train_command.app, ["train", "mlm", *absent, "--device", device])
+    assert (told.exit_code, len(calls)) == (2, asked)
