@@ -3,6 +3,11 @@
 What is judged is a function model(weights, token_ids, segment_ids, mask, positions, *, config, visible) that returns
 (logits, x_0, ..., x_L): arrays in, arrays out, weights in the storage format. conformance/models has one file for each
 model, with cases of tiny weights, a reference in Balls, laws and wrong models.
+
+A function whose model reads a causal text piece by piece has an attribute `step`, a function step(weights, state,
+token_ids, segment_ids, mask, positions, *, config, visible) that returns (results, state) for the next tokens: state is
+None before the first of them, and otherwise whatever the step before returned; without positions they go on. The law
+`streamed` holds it against the whole; where there is no step, the law `prefix` alone tells that a text may grow.
 """
 
 from __future__ import annotations
@@ -49,7 +54,8 @@ def laws(name: str) -> dict[str, list[tuple[Any, Case]]]:
     made: dict[str, list[tuple[Any, Case]]] = {}
     module = MODELS()[name]
     for case in CASES()[name].values():
-        for law in module.laws(case) if hasattr(module, "laws") else _encoder.LAWS:
+        held = list(module.laws(case) if hasattr(module, "laws") else _encoder.LAWS)
+        for law in held + ([_encoder.streamed] if hasattr(module, "step") else []):
             if case.name in _encoder.TELLING[law.__name__]:
                 made.setdefault(law.__name__, []).append((law, case))
     return made
@@ -115,6 +121,8 @@ def judge_law(implementation: str, model: Model, name: str, law: str, declared: 
     """Hold a model to one law on the cases that tell."""
     profile = _judged(declared)
     verdict = Verdict(implementation, name, law, profile.dtype, declared.name, "pass", "law")
+    if law == _encoder.streamed.__name__ and not hasattr(model, "step"):
+        return replace(verdict, outcome="skipped", message="the model has no step")
     declined, chosen = [], laws(name)[law]
     for check, case in chosen:
         try:

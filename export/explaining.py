@@ -36,8 +36,8 @@ def of(path: Path, model: str | None = None, seed: int = 0) -> Explained:
 
     model: its model, which the last does not name.
 
-    Raises: OriginalError where the model is not named; DomainError for JSON that is malformed, and for flash, whose
-        conventions are keys of its Config, each by itself; SourceError for a file that cannot be read.
+    Raises: OriginalError where the model is not named; DomainError for JSON that is malformed, and for flash and
+        flash_quad, whose conventions are keys of their Configs; SourceError for a file that cannot be read.
     """
     given = config.parsed(sources.text(path), str(path))
     if isinstance(given, Mapping) and ("encoder" in given or "model" in given):

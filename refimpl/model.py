@@ -3,6 +3,8 @@
     model = Model(gau_alpha.dialect("bert4keras-0.11.5", **gau_alpha.SIZES["base"]), (TiedLM(),), "bidirectional")
     forward(weights, token_ids, model=model)["mlm_logits"]
 
+A causal model also reads a text piece by piece: `initial_state` and `step`.
+
 One mapping holds all weights: the names of the encoder's (embedding.*, layers.*, final_norm.*) and of the heads'
 (mlm.*, pooler.*, classifier.*, ...) do not meet. In JSON:
 
@@ -24,7 +26,7 @@ from jaxtyping import Float, Shaped
 
 from refimpl import check, config
 from refimpl.models import _encoder, _heads
-from refimpl.models._encoder import Shapes, Weights
+from refimpl.models._encoder import Shapes, State, Weights
 
 Visible = Literal["bidirectional", "causal", "unilm"]
 # Everything that a model may give, in the order in which it does. d is hidden_size, v the vocabulary, and the leading
@@ -49,6 +51,9 @@ OUTPUTS = (
     # (..., n, n), of SpanPointer; -inf where no span can be.
     "span_scores",
 )
+
+# Heads whose output for a token is made of its vector alone.
+_TOKEN_BY_TOKEN = (_heads.TransformedLM, _heads.TiedLM)
 
 
 @dataclass(frozen=True)
@@ -157,6 +162,69 @@ def forward(
         table = weights["embedding.token"]
         made |= _given(head, w, states, real, positions, table, made.get("pooled"), model.config)
     return {name: made[name] for name in outputs(model)}
+
+
+def initial_state(model: Model, *, batch: tuple[int, ...]) -> State:
+    """The state of a causal model before the first token of `batch` texts; () for one text without a batch axis.
+
+    Raises: as `check_streams`; DomainError for lengths below 0.
+    """
+    check_streams("model.initial_state", model)
+    check.domain("model.initial_state", all(size >= 0 for size in batch), "lengths >= 0", batch=batch)
+    state: State = encoder_of(model).initial_state(model.config, batch=batch)
+    return state
+
+
+def step(
+    weights: Weights,
+    state: State,
+    token_ids: Shaped[np.ndarray, "..."],
+    segment_ids: Shaped[np.ndarray, "..."] | None = None,
+    mask: Shaped[np.ndarray, "..."] | None = None,
+    positions: Shaped[np.ndarray, "..."] | None = None,
+    *,
+    model: Model,
+) -> tuple[dict[str, np.ndarray], State]:
+    """What a causal model gives for the next n tokens, and the state after them; n may be any number, 0 too.
+
+        state = initial_state(model, batch=(1,))
+        made, state = step(weights, state, token_ids[:, :5], model=model)
+        made, state = step(weights, state, token_ids[:, 5:6], model=model)
+
+    C1. However a text is split into pieces, the outputs must be those of `forward` for the same tokens of the whole.
+    C2. Without positions they must go on from piece to piece, padding counted. Segments and masks are those of the
+        piece; what an earlier piece hid stays hidden.
+    C3. The given state must not be changed: a text may be continued in two ways.
+    Raises: as `forward` and `check_streams`; ShapeError for a state of other texts or of another model; DomainError for
+        anything but a state.
+    Precision: as `forward`.
+    Differs: a state of keys and values grows with the text; that of flash is sums and one chunk, whatever its length.
+    """
+    check_streams("model.step", model)
+    weights = _encoder.checked_weights("model.step", weights, shapes(model))
+    own = _encoder.part(weights, encoder_of(model).shapes(model.config))
+    states, state = encoder_of(model).step(own, state, token_ids, segment_ids, mask, positions, config=model.config)
+    made: dict[str, np.ndarray] = {"last_hidden_state": states[-1]}
+    real = np.ones(states[-1].shape[:-1], np.bool_)
+    for head in model.heads:
+        w = _encoder.part(weights, head.shapes(model.config))
+        made |= _given(head, w, states, real, positions, weights["embedding.token"], None, model.config)
+    return {name: made[name] for name in outputs(model)}, state
+
+
+def check_streams(operation: str, model: Model) -> None:
+    """Whether a model can be read piece by piece.
+
+    Raises: DomainError for a model that is not causal, for an encoder without a step, and for heads that read the whole
+        text: poolings, choices, pointers.
+    """
+    causal = model.visible == "causal"
+    check.domain(operation, causal, "visible causal, since no token may read a later one", visible=model.visible)
+    name = model.config.model
+    check.domain(operation, hasattr(encoder_of(model), "step"), "an encoder with a step", model=name)
+    whole = [_heads.name_of(head) for head in model.heads if not isinstance(head, _TOKEN_BY_TOKEN)]
+    expected = "heads that read one token each, transformed_lm or tied_lm; these read the whole text"
+    check.domain(operation, not whole, expected, heads=whole)
 
 
 def to_dict(model: Model) -> dict[str, Any]:

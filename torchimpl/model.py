@@ -2,6 +2,8 @@
 
     module = Model(specification);   module(token_ids, segment_ids, mask)["logits"]
 
+A causal model also reads a text piece by piece: `initial_state` and `step`.
+
 Specification: refimpl/model.py. The weights of the encoder are under `encoder`, those of each head under `heads` and
 the head's name; the specification has them in one mapping of names that do not meet. `names` says which is which,
 `flat` and `nested` translate a state. The token table is one parameter, of the encoder, whoever reads it.
@@ -84,6 +86,36 @@ class Model(nn.Module):
             if name != "pooler":
                 made |= self._given(name, head, states, mask, positions, made.get("pooled"), told)
         return {name: made[name] for name in specification.OUTPUTS if name in made}
+
+    def initial_state(self, *, batch: tuple[int, ...]) -> _encoder.State:
+        """The state of a causal model before the first token of `batch` texts, in its dtype and on its device.
+
+        Raises: DomainError for a model that cannot be read piece by piece (refimpl.model.check_streams).
+        """
+        specification.check_streams("model.initial_state", self.specification)
+        state: _encoder.State = self.encoder.initial_state(batch=batch)
+        return state
+
+    def step(
+        self,
+        state: _encoder.State,
+        token_ids: Int[Tensor, "*b n"],
+        segment_ids: Int[Tensor, "*b n"] | None = None,
+        mask: Bool[Tensor, "*b n"] | None = None,
+        positions: Int[Tensor, "*p n"] | None = None,
+    ) -> tuple[dict[str, Tensor], _encoder.State]:
+        """What a causal model gives for the next n tokens, as `forward` does in the whole, and the state after them.
+
+        Gradients go back through the state; generate under torch.no_grad(). The given state stays as it is.
+        Raises: as `forward` and `initial_state`; ShapeError for a state of other texts or of another model; DomainError
+            for anything but a state.
+        """
+        specification.check_streams("model.step", self.specification)
+        states, state = self.encoder.step(state, token_ids, segment_ids, mask, positions)
+        made = {"last_hidden_state": states[-1]}
+        for name, head in self.heads.items():
+            made |= self._given(name, head, states, mask, positions, None, None)
+        return {name: made[name] for name in specification.OUTPUTS if name in made}, state
 
     def _given(
         self,

@@ -47,7 +47,7 @@ RECIPES: Mapping[str, Mapping[str, Any]] = {
 # What LoRA adapts where no names are given, by the encoder: as in the paper, queries and values.
 LORA_TARGETS = {
     "roformer": ("w_q", "w_v"), "roformer_v2": ("w_q", "w_v"), "gau_alpha": ("w_in", "w_out"),
-    "flash": ("w_in", "w_out"),
+    "flash": ("w_in", "w_out"), "flash_quad": ("w_in", "w_out"),
 }  # fmt: skip
 CORPUS_ARRAYS = ("token_ids", "mask", "words")
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import cache
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from conformance.adapters import Implementation
 from conformance.budget import DTYPES, Profile
 from conformance.case import OPERATORS, Function, storage_type
 from conformance.model import MODELS
+from conformance.models._encoder import Streaming
 from refimpl import check
 
 ORDERS = ("blas", "reversed", "split")
@@ -203,6 +205,24 @@ def _whole(function: Function, dtype: str, order: str) -> Function:
     return run
 
 
+def _stepped(step: Function, dtype: str, order: str) -> Function:
+    """The step of a model, likewise; its state stays in the working precision."""
+    target = storage_type(dtype)
+
+    def run(*arguments: Any, **options: Any) -> Any:
+        with working_precision(dtype, order, eager=False) if order else nullcontext():
+            made, state = step(*arguments, **options)
+            return _stored(made, target), state
+
+    return run
+
+
+def _streaming(module: ModuleType, dtype: str, order: str) -> Function:
+    """A whole model, with its step where it has one."""
+    whole = _whole(module.model, dtype, order)
+    return Streaming(whole, _stepped(module.step, dtype, order)) if hasattr(module, "step") else whole
+
+
 def _stored(result: Any, target: np.dtype) -> Any:
     if isinstance(result, (tuple, list)):
         return tuple(_stored(r, target) for r in result)
@@ -227,7 +247,7 @@ def implementations() -> tuple[Implementation, ...]:
     calls = {name: operator.call for name, operator in OPERATORS().items()}
 
     def add(name: str, functions: dict[str, Function], profile: Profile, *, laws: bool, order: str = "") -> None:
-        models = {} if profile.sixteen_bit else {n: _whole(m.model, profile.dtype, order) for n, m in MODELS().items()}
+        models = {} if profile.sixteen_bit else {n: _streaming(m, profile.dtype, order) for n, m in MODELS().items()}
         made.append(Implementation(f"spec {name}", functions, profile, __version__, laws, models=models))
 
     for dtype in DTYPES:

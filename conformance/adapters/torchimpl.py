@@ -19,6 +19,7 @@ from conformance.adapters.tensors import on_arrays, to_arrays, to_tensor
 from conformance.budget import DTYPES, Profile
 from conformance.case import OPERATORS, Function, Package, Unsupported, families
 from conformance.model import MODELS
+from conformance.models._encoder import Streaming
 
 # One rounding, of the output: everything inside is float32 or better.
 STRICT = ("activation.", "norm.", "rope.", "attention_kernel.")
@@ -86,13 +87,11 @@ def _configure() -> None:
     fx_config.use_duck_shape = False
 
 
-def whole(device: str = "cpu") -> Function:
-    """A model of the specification's weights, of any Config, with the head that its case has."""
+def whole(device: str = "cpu") -> Streaming:
+    """A model of the specification's weights, of any Config, with the head that its case has; and its step."""
     modules: dict[Any, Any] = {}
 
-    def call(weights: Any, *inputs: Any, config: Any, visible: Any) -> Any:
-        import torch
-
+    def module_of(weights: Any, config: Any, visible: Any) -> Any:
         from refimpl.model import Model as Specification
         from torchimpl.model import Model
 
@@ -104,13 +103,32 @@ def whole(device: str = "cpu") -> Function:
             modules[key] = Model(Specification(config, (head,), visible)).to(device, dtype).eval()
         module = modules[key]
         module.load_weights(tensors)
-        given = [None if array is None else to_tensor(array).to(device) for array in inputs]
-        with torch.no_grad():
-            states = module.hidden_states(*given)
-            (head,) = module.heads.values()
-            return to_arrays((head(states[-1], module.encoder.embedding.token), *states))
+        return module
 
-    return call
+    def results(module: Any, states: Any) -> Any:
+        (head,) = module.heads.values()
+        return to_arrays((head(states[-1], module.encoder.embedding.token), *states))
+
+    def given(inputs: Any) -> Any:
+        return [None if array is None else to_tensor(array).to(device) for array in inputs]
+
+    def call(weights: Any, *inputs: Any, config: Any, visible: str) -> Any:
+        import torch
+
+        module = module_of(weights, config, visible)
+        with torch.no_grad():
+            return results(module, module.hidden_states(*given(inputs)))
+
+    def step(weights: Any, state: Any, *inputs: Any, config: Any, visible: str) -> Any:
+        import torch
+
+        module = module_of(weights, config, visible)
+        state = module.initial_state(batch=inputs[0].shape[:-1]) if state is None else state
+        with torch.no_grad():
+            states, state = module.encoder.step(state, *given(inputs))
+            return results(module, states), state
+
+    return Streaming(call, step)
 
 
 def rows(

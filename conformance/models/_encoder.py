@@ -2,14 +2,17 @@
 
 A model under judgement is a function model(weights, token_ids, segment_ids, mask, positions, config=config,
 visible=name) -> (logits, x_0, ..., x_L), which takes weights in the format of the profile: the masked language model's
-logits of every token and the hidden states; `visible` is bidirectional, causal or unilm.
+logits of every token and the hidden states; `visible` is bidirectional, causal or unilm. It may have an attribute
+`step`, a function step(weights, state, ..., config=config, visible="causal") -> (results, state) of the next tokens;
+state is None before the first, and otherwise what the step before returned.
 Laws are plain functions over a model, a case and the bounds of that model's reference.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, NamedTuple, Self
 
 import numpy as np
@@ -25,6 +28,17 @@ from refimpl.ops import attention_kernel, rope
 Model = Callable[..., Any]
 # Fields of a case that are arrays, or None.
 INPUTS = ("token_ids", "segment_ids", "mask", "positions")
+
+
+@dataclass(frozen=True)
+class Streaming:
+    """A model with a step: called as the model, and stepped through a causal text piece by piece."""
+
+    whole: Model
+    step: Model
+
+    def __call__(self, *inputs: Any, **options: Any) -> Any:
+        return self.whole(*inputs, **options)
 
 
 @dataclass(frozen=True)
@@ -87,10 +101,10 @@ class Case:
             **{n: a if a is None or a.ndim == 1 else np.ascontiguousarray(a[index]) for n, a in chosen.items()}
         )
 
-    def first(self, count: int) -> Self:
-        """The case of the first tokens of every row."""
+    def tokens(self, start: int, stop: int) -> Self:
+        """The case of some tokens of every row."""
         held = {n: getattr(self, n) for n in INPUTS}
-        return self.with_(**{n: a if a is None else np.ascontiguousarray(a[..., :count]) for n, a in held.items()})
+        return self.with_(**{n: a if a is None else np.ascontiguousarray(a[..., start:stop]) for n, a in held.items()})
 
     def call(self, model: Model, weights: Mapping[str, Any]) -> Any:
         """What a model returns for these inputs."""
@@ -137,6 +151,21 @@ def run(model: Model, case: Case, profile: Profile) -> tuple[np.ndarray, ...]:
     if kept:
         raise LawFailed(f"{case.name} ({profile}): {kept[0]} was modified by the call")
     return found
+
+
+def in_pieces(model: Any, case: Case, pieces: Sequence[int], profile: Profile) -> tuple[np.ndarray, ...]:
+    """What the step of a model returns for so many tokens at a time, put together, as float64."""
+    state, start, made = None, 0, []
+
+    def stepped(weights: Any, *inputs: Any, **options: Any) -> Any:
+        nonlocal state
+        returned, state = model.step(weights, state, *inputs, **options)
+        return returned
+
+    for size in pieces:
+        made.append(run(stepped, case.tokens(start, start + size), profile))
+        start += size
+    return tuple(np.concatenate(parts, axis=1) for parts in zip(*made, strict=True))
 
 
 def expected(reference: Reference, case: Case, profile: Profile) -> tuple[Ball, ...]:
@@ -264,21 +293,43 @@ def segments_enter(model: Model, case: Case, reference: Reference, profile: Prof
         raise LawFailed(f"{case.name}: nothing of rows {np.flatnonzero(still).tolist()} depends on segment_ids")
 
 
-def streamed(model: Model, case: Case, reference: Reference, profile: Profile) -> None:
+def prefix(model: Model, case: Case, reference: Reference, profile: Profile) -> None:
     """The first tokens of a causal text alone, one, a few and most of them, give what they give in the whole."""
     if case.visible != "causal":
         return
     whole, due = run(model, case, profile), finished(reference, case, profile)
     for count in (1, 4, case.token_ids.shape[1] - 2):
-        begun = case.first(count)
+        begun = case.tokens(0, count)
         radii = {
             name: ball.rad + due[name].rad[:, :count] for name, ball in finished(reference, begun, profile).items()
         }
         until = tuple(array[:, :count] for array in whole)
-        within(f"streamed, {count} tokens", run(model, begun, profile), until, case, radii, profile)
+        within(f"prefix, {count} tokens", run(model, begun, profile), until, case, radii, profile)
 
 
-LAWS = (padding, unseen_tokens, positions_shift, one_by_one, batch_permutes, segments_enter, streamed)
+def streamed(model: Any, case: Case, reference: Reference, profile: Profile) -> None:
+    """A causal text through the step of a model, token by token or some at once, gives what it gives in the whole.
+
+    At 0, 1, 2, ... and at positions that are told; in the batch, and one text alone.
+    """
+    if case.visible != "causal":
+        return
+    n, one = case.token_ids.shape[1], slice(3, 4)
+    placed = case.with_(positions=3 * np.arange(n)[::-1] + 100)
+    # The second is cut where no chunk ends.
+    for told, rows, pieces in (
+        (case, slice(None), (1,) * n),
+        (placed, slice(None), (2, 5, 0, n - 7)),
+        (case, one, (4, n - 4)),
+    ):
+        whole = tuple(array[rows] for array in run(model, told, profile))
+        radii = {name: 2 * ball.rad[rows] for name, ball in finished(reference, told, profile).items()}
+        found = in_pieces(model, told.rows(rows), pieces, profile)
+        within(f"streamed in pieces of {', '.join(map(str, pieces))}", found, whole, told, radii, profile)
+
+
+# `streamed` is held against models that have a step, where the judge's own has one.
+LAWS = (padding, unseen_tokens, positions_shift, one_by_one, batch_permutes, segments_enter, prefix)
 # The cases that a run of the judge holds a law against; the tests hold it against all.
 TELLING: dict[str, tuple[str, ...]] = {
     "padding": ("padded", "rows without tokens"),
@@ -288,6 +339,7 @@ TELLING: dict[str, tuple[str, ...]] = {
     "one_by_one": ("padded", "positions of every row"),
     "batch_permutes": ("padded",),
     "segments_enter": ("padded",),
+    "prefix": ("causal",),
     "streamed": ("causal",),
     "floors_meet": ("one layer",),
 }
@@ -486,6 +538,77 @@ def probabilities(forward: Model, *inputs: Any, **options: Any) -> Any:
     logits, *states = forward(*inputs, **options)
     shifted = np.exp(logits - logits.max(axis=-1, keepdims=True))
     return (shifted / shifted.sum(axis=-1, keepdims=True), *states)
+
+
+# Streams.
+def step_of(module: Any, head: Any, logits: Callable[..., np.ndarray]) -> Model:
+    """The specification's step under a masked-language head, as the judge calls one."""
+
+    def step(weights: Any, state: Any, *inputs: Any, config: Any, visible: str) -> Any:
+        state = module.initial_state(config, batch=inputs[0].shape[:-1]) if state is None else state
+        states, state = module.step(spec.part(weights, module.shapes(config)), state, *inputs, config=config)
+        made = logits(spec.part(weights, head.shapes(config)), states[-1], weights["embedding.token"], config=config)
+        return (made, *states), state
+
+    return step
+
+
+def _wrong_step(step: Model, change: Callable[..., Any], weights: Any, state: Any, *inputs: Any, **options: Any) -> Any:
+    """A step that keeps something else: change(state of no token, state before, state after, config)."""
+    begun = step(weights, None, inputs[0][:, :0], None, None, None, **options)[1]
+    made, now = step(weights, state, *inputs, **options)
+    return made, change(begun, begun if state is None else state, now, options["config"])
+
+
+def _unplaced_step(step: Model, weights: Any, state: Any, *inputs: Any, **options: Any) -> Any:
+    return step(weights, state, *inputs[:3], None, **options)
+
+
+def _in_every_layer(change: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda begun, before, now, config: now._replace(layers=tuple(change(kept, config) for kept in now.layers))
+
+
+def _without_buffer(kept: Any, config: Any) -> Any:
+    empty = {name: getattr(kept, name)[..., :0, :] for name in ("k_quad", "k_lin", "v")}
+    return kept._replace(valid=kept.valid[..., :0], **empty)
+
+
+def _closed_early(kept: Any, config: Any) -> Any:
+    """The open chunk is taken for complete while one token is missing."""
+    if kept.v.shape[-2] < config.chunk - 1:
+        return kept
+    summary = kept.summary + (kept.k_lin * kept.valid[..., None]).swapaxes(-1, -2) @ kept.v
+    counted = kept.counted + kept.valid.sum(axis=-1)
+    return _without_buffer(kept, config)._replace(summary=summary, counted=counted, chunks=kept.chunks + 1)
+
+
+def _all_real(kept: Any, config: Any) -> Any:
+    return kept._replace(
+        **{name: np.ones_like(getattr(kept, name)) for name in ("real", "valid") if hasattr(kept, name)}
+    )
+
+
+# What a step may keep in the place of its state.
+WRONG_STATES: dict[str, Callable[..., Any]] = {
+    "second layer starts anew in every piece": lambda begun, before, now, config: now._replace(
+        layers=(*now.layers[:1], *begun.layers[1:2], *now.layers[2:])
+    ),
+    "positions start anew in every piece": lambda begun, before, now, config: now._replace(tokens=0),
+    "keys of the last piece forgotten": lambda begun, before, now, config: now._replace(layers=before.layers),
+    "padding of earlier pieces visible": _in_every_layer(_all_real),
+}
+# The same where a layer keeps sums over chunks and one that is open.
+WRONG_CHUNKS: dict[str, Callable[..., Any]] = {
+    "open chunk dropped": _in_every_layer(_without_buffer),
+    "chunk closed a token early": _in_every_layer(_closed_early),
+}
+
+
+def wrong_streams(model: Model, step: Model, changes: Mapping[str, Callable[..., Any]]) -> dict[str, Streaming]:
+    """A right model with each of the wrong steps."""
+    steps = {bug: partial(_wrong_step, step, change) for bug, change in changes.items()}
+    steps["given positions ignored in a piece"] = partial(_unplaced_step, step)
+    return {bug: Streaming(model, wrong) for bug, wrong in steps.items()}
 
 
 # Wrong encoders: plain NumPy and the operators of the specification, with openings for whatever is wrong.

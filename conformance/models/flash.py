@@ -37,7 +37,7 @@ def blind_to_padding(case: Case) -> bool:
 
 def laws(case: Case) -> list[Callable[..., None]]:
     """The laws that hold for a case: padding on the left moves the borders of the chunks."""
-    counted = (_encoder.padding,) if blind_to_padding(case) else (_encoder.padding, _encoder.streamed)
+    counted = (_encoder.padding,) if blind_to_padding(case) else (_encoder.padding, _encoder.prefix)
     blind = [_encoder.right_padding] if blind_to_padding(case) else []
     return blind + [law for law in _encoder.LAWS if law not in counted]
 
@@ -52,6 +52,9 @@ def model(weights: Any, *inputs: Any, config: Any, visible: str) -> tuple[np.nda
     """The specification's logits and hidden states; the head has no weights of its own."""
     states = hidden_states(weights, *inputs, config=config, visible=visible)
     return (_heads.masked_lm_tied({}, states[-1], weights["embedding.token"], config=config), *states)
+
+
+step = _encoder.step_of(spec, HEAD, _heads.masked_lm_tied)
 
 
 # Reference.
@@ -223,3 +226,5 @@ WRONG: dict[str, Model] = {
     "epsilon fixed to 1e-5": _with(epsilon=1e-5),
     "probabilities for logits": partial(_encoder.probabilities, model),
 }
+# Their step alone is wrong.
+WRONG_STREAMS = _encoder.wrong_streams(model, step, {**_encoder.WRONG_STATES, **_encoder.WRONG_CHUNKS})

@@ -36,6 +36,9 @@ def model(weights: Any, *inputs: Any, config: Any, visible: str) -> tuple[np.nda
     return (_heads.masked_lm_tied({}, states[-1], weights["embedding.token"], config=config), *states)
 
 
+step = _encoder.step_of(spec, HEAD, _heads.masked_lm_tied)
+
+
 # Reference.
 def reference(a: Arithmetic, case: Case) -> Expected:
     """The model in Balls; n_min is 1 or 16, the kernels that cases of gau name."""
@@ -244,3 +247,5 @@ WRONG: dict[str, Model] = {
     "epsilon fixed to 1e-12": _with(epsilon=1e-12),
     "probabilities for logits": partial(_encoder.probabilities, model),
 }
+# Their step alone is wrong.
+WRONG_STREAMS = _encoder.wrong_streams(model, step, _encoder.WRONG_STATES)

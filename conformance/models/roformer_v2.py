@@ -36,6 +36,9 @@ def model(weights: Any, *inputs: Any, config: Any, visible: str) -> tuple[np.nda
     return (logits, *states)
 
 
+step = _encoder.step_of(spec, HEAD, _heads.masked_lm_tied)
+
+
 # Reference.
 def reference(a: Arithmetic, case: Case) -> Expected:
     """The model in Balls."""
@@ -147,3 +150,5 @@ WRONG: dict[str, Model] = {
     "logits of the layer before the last": _head_with(of=-2),
     "probabilities for logits": partial(_encoder.probabilities, model),
 }
+# Their step alone is wrong.
+WRONG_STREAMS = _encoder.wrong_streams(model, step, _encoder.WRONG_STATES)

@@ -35,6 +35,24 @@ class Inputs(NamedTuple):
     mask: Bool[np.ndarray, "*b n"]
 
 
+class Keys(NamedTuple):
+    """What a layer that attends keeps of a stream: rotated keys, values, and which of their m tokens are real.
+
+    Keys are (..., m, s), or (..., m, h, s) where there are heads, and values alike.
+    """
+
+    k: Float[np.ndarray, "..."]
+    v: Float[np.ndarray, "..."]
+    real: Bool[np.ndarray, "*b m"]
+
+
+class State(NamedTuple):
+    """A causal stream of an encoder: how many tokens were read, and what every layer keeps of them."""
+
+    tokens: int
+    layers: tuple[Any, ...]
+
+
 class Sublayers(NamedTuple):
     """What the attention adds, the norm of that sum, what the feed-forward adds, and the norm of that sum."""
 
@@ -214,15 +232,15 @@ def mask_from_ids_bert4keras(token_ids: Shaped[np.ndarray, "..."]) -> Bool[np.nd
 
 
 def checked_positions(
-    operation: str, positions: Shaped[np.ndarray, "..."] | None, inputs: Inputs
+    operation: str, positions: Shaped[np.ndarray, "..."] | None, inputs: Inputs, *, first: int = 0
 ) -> Int[np.ndarray, "*p n"]:
-    """Integer positions of the tokens, 0, 1, 2, ... of the array where none are given.
+    """Integer positions of the tokens, first, first + 1, ... of the array where none are given.
 
     Raises: DomainError unless integers; ShapeError unless of shape (n,) or that of the token ids.
     """
     shape = inputs.token_ids.shape
     if positions is None:
-        return np.arange(shape[-1])
+        return np.arange(first, first + shape[-1])
     positions = check.integer(operation, "positions", positions)
     fits = positions.shape in (shape, shape[-1:])
     check.shape(operation, fits, "positions (n,) or (..., n)", positions=positions, token_ids=inputs.token_ids)
@@ -239,6 +257,85 @@ def self_attention(
         x, attention.per_head(visible), positions, frequencies, *projections,
         heads=config.heads, rotate=rope.rotate_interleaved, kernel=attention_kernel.softmax,
     )  # fmt: skip
+
+
+def no_keys(*, batch: tuple[int, ...], key: tuple[int, ...], value: tuple[int, ...]) -> Keys:
+    """The keys of a stream before its first token; key and value are the shapes behind the token axis."""
+    return Keys(np.zeros((*batch, 0, *key)), np.zeros((*batch, 0, *value)), np.zeros((*batch, 0), np.bool_))
+
+
+def heads_state(config: Any, batch: tuple[int, ...]) -> State:
+    """The state of an encoder with heads before its first token."""
+    width = config.heads, config.key_size
+    return State(0, (no_keys(batch=batch, key=width, value=width),) * config.layers)
+
+
+def checked_state(operation: str, state: State, config: Any) -> State:
+    """A state with something for every layer; what a layer keeps is checked where it is read.
+
+    Raises: DomainError for anything but a State that counts its tokens; ShapeError for another number of layers.
+    """
+    counted = isinstance(state, State) and isinstance(state.tokens, int) and state.tokens >= 0
+    check.domain(operation, counted, "a state of initial_state or of the step before", state=state)
+    fits = len(state.layers) == config.layers
+    check.shape(operation, fits, f"a state of {config.layers} layers", layers=len(state.layers))
+    return state
+
+
+def stepped(
+    state: State, x: np.ndarray, layer: Callable[[int, np.ndarray, Any], tuple[np.ndarray, Any]]
+) -> tuple[list[np.ndarray], State]:
+    """The hidden states of the next tokens behind their embedding x, and the state after them.
+
+    layer: of its index, what enters it and what it has kept, to what leaves it and what it keeps now.
+    """
+    states, kept = [x], []
+    for index, past in enumerate(state.layers):
+        x, now = layer(index, x, past)
+        states.append(x)
+        kept.append(now)
+    return states, State(state.tokens + x.shape[-2], tuple(kept))
+
+
+def grown(operation: str, past: Keys, k: np.ndarray, v: np.ndarray, mask: Bool[np.ndarray, "*b n"]) -> Keys:
+    """What a layer has kept, with the keys and values of the next tokens behind it.
+
+    Raises: ShapeError for a state of other texts or of another model; DomainError for one that is no Keys.
+    """
+    check.domain(operation, isinstance(past, Keys), "a state that keeps keys in every layer", received=type(past))
+    held_k, held_v = check.real(operation, "k", past.k), check.real(operation, "v", past.v)
+    real, lead = check.boolean(operation, "real", past.real), mask.ndim
+    fits = real.ndim == lead and held_k.shape[:lead] == held_v.shape[:lead] == real.shape
+    fits = fits and real.shape[:-1] == mask.shape[:-1]
+    fits = fits and held_k.shape[lead:] == k.shape[lead:] and held_v.shape[lead:] == v.shape[lead:]
+    expected = f"a state of the texts {mask.shape[:-1]}, keys {k.shape[lead:]} and values {v.shape[lead:]}"
+    check.shape(operation, fits, expected, k=held_k, v=held_v, real=real)
+    pairs = ((held_k, k), (held_v, v), (real, mask))
+    return Keys(*(np.concatenate(pair, axis=lead - 1) for pair in pairs))
+
+
+def seen(keys: Keys, tokens: int) -> Bool[np.ndarray, "*b n m"]:
+    """Who sees whom, where the last `tokens` of the keys ask: `causal` of the whole, their rows of it."""
+    return attention.key_mask(keys.real) & attention.causal_mask(tokens, keys.real.shape[-1])
+
+
+def self_attention_step(
+    operation: str, weights: Weights, x: np.ndarray, mask: np.ndarray, positions: np.ndarray, past: Keys, config: Any
+) -> tuple[Float[np.ndarray, "*b n d"], Keys]:
+    """`self_attention` of the next tokens of a causal stream, and the keys after them."""
+    q, k, v = (
+        attention.project(x, weights[f"attention.w_{name}"], weights.get(f"attention.b_{name}")).reshape(
+            *x.shape[:-1], config.heads, config.key_size
+        )
+        for name in "qkv"
+    )
+    turn = rope.angles(positions, rope.frequencies(config.key_size, base=config.rotary_base))[..., None, :]
+    keys = grown(operation, past, rope.rotate_interleaved(k, turn), v, mask)
+    o = attention.attend(
+        rope.rotate_interleaved(q, turn), keys.k, keys.v, attention.per_head(seen(keys, x.shape[-2])),
+        kernel=attention_kernel.softmax, scale=1 / math.sqrt(config.key_size),
+    )  # fmt: skip
+    return attention.project(o.reshape(x.shape), weights["attention.w_o"], weights.get("attention.b_o")), keys
 
 
 def feed_forward(weights: Weights, x: np.ndarray, config: Any) -> Float[np.ndarray, "*b n d"]:

@@ -19,7 +19,7 @@ from jaxtyping import Float, Shaped
 from refimpl import check
 from refimpl.config import check_types
 from refimpl.models import _encoder
-from refimpl.models._encoder import Shapes, Weights
+from refimpl.models._encoder import Shapes, State, Weights
 from refimpl.ops import attention_kernel, mixed_chunk_attention, norm, rope
 
 # For each way of reading, the normalisers that were written for the other one.
@@ -136,17 +136,80 @@ def hidden_states(
     weights = _encoder.checked_weights(operation, weights, shapes(config))
     inputs = _encoder.checked_inputs(operation, token_ids, segment_ids, mask, config)
     positions = _encoder.checked_positions(operation, positions, inputs)
-    frequencies = rope.frequencies(config.key_size, base=config.rotary_base)
-    rule = _rule(config)
+    mix = getattr(mixed_chunk_attention, config.mix)
     states = [_encoder.embed(weights, inputs, epsilon=config.epsilon)]
     for index in range(config.layers):
         w = _encoder.layer_of(weights, index)
-        x = norm.layer_norm(states[-1], w["norm_scale"], w["norm_bias"], epsilon=config.epsilon)
-        unit = mixed_chunk_attention.unit(
-            x, inputs.mask, None, None, positions, frequencies,
-            w["w_in"], w["b_in"], w["gamma"], w["beta"], w["w_out"], w["b_out"], **rule,
-        )  # fmt: skip
-        states.append(states[-1] + unit)
+        states.append(_layer(w, states[-1], inputs.mask, positions, config, mix))
+    return _closed(weights, states, config)
+
+
+def initial_state(config: Config, *, batch: tuple[int, ...]) -> State:
+    """The state before the first token of `batch` texts: nothing summed, nothing buffered."""
+    kept = mixed_chunk_attention.initial_state(batch=batch, s=config.key_size, e=config.expanded_size)
+    return State(0, (kept,) * config.layers)
+
+
+def step(
+    weights: Weights,
+    state: State,
+    token_ids: Shaped[np.ndarray, "..."],
+    segment_ids: Shaped[np.ndarray, "..."] | None = None,
+    mask: Shaped[np.ndarray, "..."] | None = None,
+    positions: Shaped[np.ndarray, "..."] | None = None,
+    *,
+    config: Config,
+) -> tuple[list[Float[np.ndarray, "*b n d"]], State]:
+    """The hidden states of the next n tokens of a causal stream, and the state after them; n may be any number, 0 too.
+
+    C1. However a text is split into pieces, its states must be those of `hidden_states` with `mix` causal.
+    C2. Without positions they must go on from piece to piece: token i of the stream is at i, padding counted.
+    C3. The given state must not be changed.
+    Raises: as `hidden_states`; ShapeError for a state of other texts or of another Config; DomainError for anything
+        but a state and a Config whose `mix` is not causal.
+    Precision: as `hidden_states`.
+    """
+    operation = "flash.step"
+    weights = _encoder.checked_weights(operation, weights, shapes(config))
+    state = _encoder.checked_state(operation, state, config)
+    inputs = _encoder.checked_inputs(operation, token_ids, segment_ids, mask, config)
+    positions = _encoder.checked_positions(operation, positions, inputs, first=state.tokens)
+    check.domain(operation, config.mix == "causal", "mix causal, since no token may read a later one", mix=config.mix)
+
+    def behind(index: int, x: np.ndarray, past: Any) -> tuple[np.ndarray, Any]:
+        summed = isinstance(past, mixed_chunk_attention.State)
+        check.domain(operation, summed, "a state that keeps sums in every layer", received=type(past))
+        kept = []
+
+        # The unit calls its mix once; what the layer keeps leaves it here.
+        def mix(
+            q_quad: np.ndarray, k_quad: np.ndarray, q_lin: np.ndarray, k_lin: np.ndarray, v: np.ndarray,
+            key_mask: Any, segments: Any, bias: Any, *, documents: Any, **rule: Any,
+        ) -> np.ndarray:  # fmt: skip
+            mixed, now = mixed_chunk_attention.step(past, q_quad, k_quad, q_lin, k_lin, v, key_mask, bias, **rule)
+            kept.append(now)
+            return mixed
+
+        x = _layer(_encoder.layer_of(weights, index), x, inputs.mask, positions, config, mix)
+        return x, kept[0]
+
+    states, state = _encoder.stepped(state, _encoder.embed(weights, inputs, epsilon=config.epsilon), behind)
+    return _closed(weights, states, config), state
+
+
+def _layer(
+    w: Weights, x: np.ndarray, mask: np.ndarray, positions: np.ndarray, config: Config, mix: Callable[..., np.ndarray]
+) -> np.ndarray:
+    unit = mixed_chunk_attention.unit(
+        norm.layer_norm(x, w["norm_scale"], w["norm_bias"], epsilon=config.epsilon), mask, None, None,
+        positions, rope.frequencies(config.key_size, base=config.rotary_base),
+        w["w_in"], w["b_in"], w["gamma"], w["beta"], w["w_out"], w["b_out"], mix=mix, **_rule(config),
+    )  # fmt: skip
+    return x + unit
+
+
+def _closed(weights: Weights, states: list[np.ndarray], config: Config) -> list[np.ndarray]:
+    """The states with the last one normalised."""
     scale, bias = weights["final_norm.scale"], weights["final_norm.bias"]
     return [*states[:-1], norm.layer_norm(states[-1], scale, bias, epsilon=config.epsilon)]
 
@@ -158,7 +221,6 @@ def _rule(config: Config) -> dict[str, Any]:
     }
     rotations = {"interleaved": rope.rotate_interleaved, "half_split": rope.rotate_half_split}
     return {
-        "mix": getattr(mixed_chunk_attention, config.mix),
         "rotate": rotations[config.rotation],
         "rows": config.row_order,
         "chunk": config.chunk,

@@ -6,6 +6,7 @@ Source: https://kexue.fm/archives/9052, ZhuiyiTechnology/GAU-alpha. The unit is 
 interleaved rotation; gamma is its only vector. What stands on x_L is in _heads; the release has the head TiedLM.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -16,8 +17,9 @@ from jaxtyping import Float, Shaped
 
 from refimpl.config import check_types
 from refimpl.models import _encoder
-from refimpl.models._encoder import Shapes, Weights
-from refimpl.ops import gau, rope
+from refimpl.models._encoder import Keys, Shapes, State, Weights
+from refimpl.ops import gau, norm, rope
+from refimpl.ops.attention import project
 from refimpl.ops.attention_kernel import softmax_plus
 
 # The epsilon of every norm and the floor of softmax_plus. The model was released with bert4keras 0.11.3; 0.11.4 changed
@@ -137,3 +139,55 @@ def hidden_states(
         )  # fmt: skip
         states.append(x)
     return states
+
+
+def initial_state(config: Config, *, batch: tuple[int, ...]) -> State:
+    """The state before the first token of `batch` texts: no layer has a key."""
+    keys = _encoder.no_keys(batch=batch, key=(config.key_size,), value=(config.expanded_size,))
+    return State(0, (keys,) * config.layers)
+
+
+def step(
+    weights: Weights,
+    state: State,
+    token_ids: Shaped[np.ndarray, "..."],
+    segment_ids: Shaped[np.ndarray, "..."] | None = None,
+    mask: Shaped[np.ndarray, "..."] | None = None,
+    positions: Shaped[np.ndarray, "..."] | None = None,
+    *,
+    config: Config,
+) -> tuple[list[Float[np.ndarray, "*b n d"]], State]:
+    """The hidden states of the next n tokens of a causal stream, and the state after them; n may be any number, 0 too.
+
+    C1. However a text is split into pieces, its states must be those of `hidden_states` with `visible` causal.
+    C2. Without positions they must go on from piece to piece: token i of the stream is at i, padding counted.
+    C3. The given state must not be changed.
+    Raises: as `hidden_states`; ShapeError for a state of other texts or of another Config; DomainError for anything
+        but a state.
+    Precision: as `hidden_states`.
+    """
+    operation = "gau_alpha.step"
+    weights = _encoder.checked_weights(operation, weights, shapes(config))
+    state = _encoder.checked_state(operation, state, config)
+    inputs = _encoder.checked_inputs(operation, token_ids, segment_ids, mask, config)
+    positions = _encoder.checked_positions(operation, positions, inputs, first=state.tokens)
+
+    def behind(index: int, x: np.ndarray, past: Any) -> tuple[np.ndarray, Any]:
+        return _layer_step(_encoder.layer_of(weights, index), x, inputs.mask, positions, past, config)
+
+    return _encoder.stepped(state, _encoder.embed(weights, inputs, epsilon=config.epsilon), behind)
+
+
+def _layer_step(
+    w: Weights, x: np.ndarray, mask: np.ndarray, positions: np.ndarray, past: Keys, config: Config
+) -> tuple[np.ndarray, Keys]:
+    """gau.block_post_norm, whose queries meet the keys of earlier tokens too."""
+    u, v, z = gau.parts(x, w["w_in"], None, key_width=config.key_size)
+    turn = rope.angles(positions, rope.frequencies(config.key_size, base=config.rotary_base))
+    q, k = (rope.rotate_interleaved(gau.scale_offset(z, w[name], None), turn) for name in ("gamma_q", "gamma_k"))
+    keys = _encoder.grown("gau_alpha.step", past, k, v, mask)
+    scores = np.einsum("...ns,...ms->...nm", q, keys.k) / math.sqrt(config.key_size)
+    # softmax_plus counts the visible keys of a row, and those of a causal row are all here.
+    seen = softmax_plus(scores, _encoder.seen(keys, x.shape[-2]), n_min=config.n_min)
+    unit = project(u * np.einsum("...nm,...me->...ne", seen, keys.v), w["w_out"], None)
+    return norm.rms_norm(x + unit, epsilon=config.epsilon), keys

@@ -16,7 +16,7 @@ from jaxtyping import Float, Shaped
 
 from refimpl.config import check_types
 from refimpl.models import _encoder
-from refimpl.models._encoder import Activation, Shapes, Sublayers, Weights
+from refimpl.models._encoder import Activation, Shapes, State, Sublayers, Weights
 from refimpl.ops import attention, norm
 
 # Of every norm, and of the norm inside the masked-language head. bert4keras changed the first in 0.11.4 and kept the
@@ -167,6 +167,44 @@ def hidden_states(
     return states
 
 
+def initial_state(config: Config, *, batch: tuple[int, ...]) -> State:
+    """The state before the first token of `batch` texts: no layer has a key."""
+    return _encoder.heads_state(config, batch)
+
+
+def step(
+    weights: Weights,
+    state: State,
+    token_ids: Shaped[np.ndarray, "..."],
+    segment_ids: Shaped[np.ndarray, "..."] | None = None,
+    mask: Shaped[np.ndarray, "..."] | None = None,
+    positions: Shaped[np.ndarray, "..."] | None = None,
+    *,
+    config: Config,
+) -> tuple[list[Float[np.ndarray, "*b n d"]], State]:
+    """The hidden states of the next n tokens of a causal stream, and the state after them; n may be any number, 0 too.
+
+    C1. However a text is split into pieces, its states must be those of `hidden_states` with `visible` causal.
+    C2. Without positions they must go on from piece to piece: token i of the stream is at i, padding counted.
+    C3. The given state must not be changed.
+    Raises: as `hidden_states`; ShapeError for a state of other texts or of another Config; DomainError for anything
+        but a state.
+    Precision: as `hidden_states`.
+    """
+    operation = "roformer.step"
+    weights = _encoder.checked_weights(operation, weights, shapes(config))
+    state = _encoder.checked_state(operation, state, config)
+    inputs = _encoder.checked_inputs(operation, token_ids, segment_ids, mask, config)
+    positions = _encoder.checked_positions(operation, positions, inputs, first=state.tokens)
+
+    def behind(index: int, x: np.ndarray, past: Any) -> tuple[np.ndarray, Any]:
+        w = _encoder.layer_of(weights, index)
+        attended, keys = _encoder.self_attention_step(operation, w, x, inputs.mask, positions, past, config)
+        return _sublayers(w, x, attended, config).output, keys
+
+    return _encoder.stepped(state, _embedding(weights, inputs, config), behind)
+
+
 def layer(
     weights: Weights,
     x: Shaped[np.ndarray, "..."],
@@ -184,7 +222,10 @@ def layer(
     Raises: ShapeError and DomainError for weights and arrays that do not fit.
     """
     w = _encoder.checked_weights("roformer.layer", weights, layer_shapes(config))
-    attended = _encoder.self_attention(w, x, visible, positions, config)
+    return _sublayers(w, x, _encoder.self_attention(w, x, visible, positions, config), config)
+
+
+def _sublayers(w: Weights, x: np.ndarray, attended: np.ndarray, config: Config) -> Sublayers:
     scale, bias = w["attention_norm.scale"], w["attention_norm.bias"]
     middle = norm.layer_norm(x + attended, scale, bias, epsilon=config.epsilon)
     fed = _encoder.feed_forward(w, middle, config)

@@ -16,7 +16,7 @@ import pytest
 import refimpl
 from refimpl import model as specification
 from refimpl.model import Model
-from refimpl.models import _heads, flash, gau_alpha, roformer, roformer_v2
+from refimpl.models import _heads, flash, flash_quad, gau_alpha, roformer, roformer_v2
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -58,11 +58,18 @@ CAUSAL = Model(
     ),
     CHOICES, "causal",
 )  # fmt: skip
+QUADRATIC = Model(
+    flash_quad.Config(
+        **SIZES, kernel="squared_relu", divisor="visible", length=0, rotation="half_split", epsilon=1e-6
+    ),
+    CHOICES, "causal",
+)  # fmt: skip
 MODELS = {
     "gau": GAU,
     "gau unilm": Model(gau_alpha.Config(**{**SIZES, "segments": 2}, n_min=16, epsilon=1e-7), TASKS, "unilm"),
     "bidirectional": BIDIRECTIONAL,
     "causal": CAUSAL,
+    "quadratic": QUADRATIC,
     "roformer": Model(
         roformer.dialect("bert4keras-0.11.5", **TRANSFORMER), (*TASKS, _heads.TransformedLM()), "bidirectional"
     ),
@@ -78,6 +85,8 @@ FILES = [
     ("bidirectional", 23, "float64", True),
     ("causal", 23, "float32", False),
     ("causal", 20, "float64", True),
+    ("quadratic", 23, "float32", False),
+    ("quadratic", 20, "float64", True),
     ("gau unilm", 23, "float32", False),
     ("roformer", 23, "float32", False),
     ("roformer", 20, "float32", True),

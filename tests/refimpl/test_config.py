@@ -18,6 +18,11 @@ FLASH = {
     "segments": 3, "chunk": 3, "mix": "causal", "kernel": "laplace", "divisor": "chunk", "normaliser": "visible",
     "rows": "paper", "rotation": "half_split", "rotary_base": 1e4, "epsilon": 1e-5,
 }  # fmt: skip
+FLASH_QUAD = {
+    "model": "flash_quad", "vocab_size": 29, "hidden_size": 5, "layers": 2, "expanded_size": 7, "key_size": 4,
+    "segments": 3, "kernel": "laplace", "divisor": "constant", "length": 512, "rotation": "half_split",
+    "rotary_base": 1e4, "epsilon": 1e-5,
+}  # fmt: skip
 
 
 def changed(given, **changes):
@@ -29,7 +34,7 @@ def test_the_directory_is_the_registry():
     assert set(config.known()) == {file.stem for file in folder.glob("[!_]*.py")} >= {"flash", "gau_alpha"}
 
 
-@pytest.mark.parametrize("given", [GAU, FLASH], ids=["gau_alpha", "flash"])
+@pytest.mark.parametrize("given", [GAU, FLASH, FLASH_QUAD], ids=["gau_alpha", "flash", "flash_quad"])
 def test_a_configuration_comes_back_from_its_file(tmp_path, given):
     made = config.from_dict(given)
     assert type(made).__module__ == f"refimpl.models.{given['model']}"
@@ -61,7 +66,7 @@ def test_a_missing_key_is_named():
 
 @pytest.mark.parametrize("model", ["bert", "_encoder", "os", None, ["flash"]])
 def test_an_unknown_model_is_named_with_the_known_ones(model):
-    with pytest.raises(DomainError, match=r'expected "model" to be one of .*flash, gau_alpha.*, received'):
+    with pytest.raises(DomainError, match=r'expected "model" to be one of .*flash, flash_quad, gau_alpha.*, received'):
         config.from_dict(changed(GAU, model=model))
 
 

@@ -8,7 +8,7 @@ import pytest
 from refimpl import check, model
 from refimpl.check import DomainError, ShapeError
 from refimpl.model import Model
-from refimpl.models import _encoder, _heads, flash, gau_alpha, roformer, roformer_v2
+from refimpl.models import _encoder, _heads, flash, flash_quad, gau_alpha, roformer, roformer_v2
 from refimpl.ops import pooling
 
 TRANSFORMER = {
@@ -27,7 +27,10 @@ V2 = roformer_v2.dialect("bert4keras-0.11.5", **TRANSFORMER)
 GAU = gau_alpha.dialect("bert4keras-0.11.4", **GATED)
 BOTH_WAYS = flash.Config(**GATED, **CONVENTIONS, mix="bidirectional")
 CAUSAL = flash.Config(**GATED, **CONVENTIONS, mix="causal")
-ENCODERS = {"roformer": V1, "roformer_v2": V2, "gau_alpha": GAU, "flash": BOTH_WAYS}
+QUADRATIC = flash_quad.Config(
+    **GATED, kernel="laplace", divisor="visible", length=0, rotation="half_split", epsilon=1e-6, rotary_base=1e4
+)
+ENCODERS = {"roformer": V1, "roformer_v2": V2, "gau_alpha": GAU, "flash": BOTH_WAYS, "flash_quad": QUADRATIC}
 every = pytest.mark.parametrize("name", ENCODERS)
 
 POOLER, NEXT, TIED = _heads.Pooler("tanh"), _heads.NextSentence(), _heads.TiedLM()
@@ -117,7 +120,10 @@ HEADS = JSON["heads"]
         ({"visible": ["causal"]}, "expected visible one of"),
         ({"encoder": "roformer"}, "config: expected a JSON object, received received='roformer'"),
         ({"encoder": {**JSON["encoder"], "labels": 2}}, 'roformer.Config: unknown key "labels"'),
-        ({"encoder": {"model": "bert"}}, 'expected "model" to be one of flash, gau_alpha, roformer, roformer_v2'),
+        (
+            {"encoder": {"model": "bert"}},
+            'expected "model" to be one of flash, flash_quad, gau_alpha, roformer, roformer_v2',
+        ),
         ({"heads": {"head": "pooler"}}, 'model: expected "heads" to be a list, received heads='),
         ({"heads": None}, 'expected "heads" to be a list'),
         ({"heads": ["pooler"]}, "model: expected every head to be a JSON object, received received='pooler'"),

@@ -7,7 +7,7 @@ from torch import nn
 
 from refimpl import model as specification
 from refimpl.check import DomainError
-from refimpl.models import _heads, flash, gau_alpha, roformer, roformer_v2
+from refimpl.models import _heads, flash, flash_quad, gau_alpha, roformer, roformer_v2
 from torchimpl import layers
 from torchimpl import model as modules
 from torchimpl.ops import norm
@@ -22,6 +22,10 @@ CONFIGS = {
     "flash": flash.Config(
         **SIZES, **GATED, chunk=4, mix="bidirectional", kernel="squared_relu", divisor="root_key_size",
         normaliser="visible", rows="paper", rotation="interleaved", rotary_base=10000.0, epsilon=1e-6,
+    ),
+    "flash_quad": flash_quad.Config(
+        **SIZES, **GATED, kernel="squared_relu", divisor="visible", length=0, rotation="half_split",
+        rotary_base=10000.0, epsilon=1e-6,
     ),
 }  # fmt: skip
 IDS = torch.randint(0, 23, (3, 7), generator=torch.Generator().manual_seed(5))
@@ -85,6 +89,7 @@ def test_layers_that_have_not_grown_do_nothing_but_normalise(name):
         "roformer_v2": norm.rms_norm(x, epsilon=epsilon),
         "gau_alpha": norm.rms_norm(x, epsilon=epsilon),
         "flash": x,
+        "flash_quad": x,
     }[name]
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(layer(*arguments), whole)

@@ -27,7 +27,7 @@ TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefghijklmnop"]
 def files(tmp_path_factory):
     """A model without weights, texts that repeat two letters in turn, and classes: the first letter is a or not."""
     folder = tmp_path_factory.mktemp("files")
-    for name in ("roformer_v2", "gau_alpha", "flash"):
+    for name in ("roformer_v2", "gau_alpha", "flash", "flash_quad"):
         specification.write(specification.Model(CONFIGS[name], (), "bidirectional"), folder / f"{name}.json")
     (folder / "vocab.txt").write_text("\n".join(TOKENS))
     random = np.random.default_rng(0)

@@ -27,7 +27,9 @@ from torchimpl.ops import activation, attention, attention_kernel, norm, rope
 GAU_ORDER = 3
 # Value and output, or the two matrices of a feed-forward.
 TRANSFORMER_ORDER = 2
-ORDERS = {"roformer_v2": TRANSFORMER_ORDER, "gau_alpha": GAU_ORDER, "flash": GAU_ORDER}
+ORDERS = {
+    "roformer_v2": TRANSFORMER_ORDER, "gau_alpha": GAU_ORDER, "flash": GAU_ORDER, "flash_quad": GAU_ORDER,
+}  # fmt: skip
 # Sigma of BERT's initialiser, before the cut: what is left has the deviation 0.0176.
 BERT_SIGMA = 0.02
 # The standard deviation of a unit normal law cut at ±2, 0.8796.
@@ -46,6 +48,24 @@ class Inputs(NamedTuple):
     token_ids: Int[Tensor, "*b n"]
     segment_ids: Int[Tensor, "*b n"]
     mask: Bool[Tensor, "*b n"] | None
+
+
+class Keys(NamedTuple):
+    """What a layer that attends keeps of a stream: rotated keys, values, and which of their m tokens are real.
+
+    Keys are (..., m, s), or (..., m, h, s) where there are heads, and values alike.
+    """
+
+    k: Float[Tensor, "..."]
+    v: Float[Tensor, "..."]
+    real: Bool[Tensor, "*b m"]
+
+
+class State(NamedTuple):
+    """A causal stream of an encoder: how many tokens were read, and what every layer keeps of them."""
+
+    tokens: int
+    layers: tuple[Any, ...]
 
 
 def bidirectional(
@@ -145,6 +165,35 @@ class SelfAttention(nn.Module):
             kernel=self._kernel if dropping else attention_kernel.softmax,
         )  # fmt: skip
 
+    def no_keys(self, batch: tuple[int, ...]) -> Keys:
+        """What is kept of a stream before its first token."""
+        width = self.heads, self.w_k.shape[1] // self.heads
+        return no_keys(self.w_k, batch, width, width)
+
+    def step(
+        self,
+        x: Float[Tensor, "*b n d"],
+        mask: Bool[Tensor, "*b n"],
+        positions: Int[Tensor, "*p n"],
+        frequencies: Float[Tensor, " r"],
+        past: Keys,
+    ) -> tuple[Float[Tensor, "*b n d"], Keys]:
+        """What the attention gives for the next tokens of a causal stream, and the keys after them."""
+        q, k, v = (
+            attention.project(x, getattr(self, f"w_{name}"), getattr(self, f"b_{name}", None)).unflatten(
+                -1, (self.heads, -1)
+            )
+            for name in "qkv"
+        )
+        turn = rope.angles(positions, frequencies)[..., None, :]
+        keys = grown("attention.step", past, rope.rotate_interleaved(k, turn), v, mask)
+        dropping = self.training and self.dropout.p > 0
+        o = attention.attend(
+            rope.rotate_interleaved(q, turn), keys.k, keys.v, attention.per_head(seen(keys, x.shape[-2])),
+            kernel=self._kernel if dropping else attention_kernel.softmax, scale=1 / math.sqrt(q.shape[-1]),
+        )  # fmt: skip
+        return attention.project(o.flatten(-2), self.w_o, getattr(self, "b_o", None)), keys
+
     def _kernel(self, scores: Tensor, mask: Tensor | None) -> Tensor:
         return self.dropout(attention_kernel.softmax(scores, mask))
 
@@ -221,6 +270,29 @@ class Transformer(nn.Module):
         """
         return self.hidden_states(token_ids, segment_ids, mask, positions, visible=visible)[-1]
 
+    def initial_state(self, *, batch: tuple[int, ...]) -> State:
+        """The state before the first token of `batch` texts: no layer has a key."""
+        return State(0, tuple(layer.no_keys(batch) for layer in self.layers))
+
+    def step(
+        self,
+        state: State,
+        token_ids: Int[Tensor, "*b n"],
+        segment_ids: Int[Tensor, "*b n"] | None = None,
+        mask: Bool[Tensor, "*b n"] | None = None,
+        positions: Int[Tensor, "*p n"] | None = None,
+    ) -> tuple[list[Float[Tensor, "*b n d"]], State]:
+        """The hidden states of the next n tokens of a causal stream, and the state after them.
+
+        Raises: as `hidden_states`; ShapeError for a state of other texts or of another Config; DomainError for anything
+            but a state.
+        """
+        operation = f"{self.config.model}.step"
+        state = checked_state(operation, state, self.config)
+        inputs = checked_inputs(operation, token_ids, segment_ids, mask)
+        positions = checked_positions(operation, positions, inputs, first=state.tokens)
+        return stepped(self, state, inputs, positions)
+
 
 def add_parameters(module: nn.Module, shapes: dict[str, tuple[int, ...]], prefix: str = "") -> None:
     """One parameter per name, without its prefix; numbers are left to reset_parameters."""
@@ -280,18 +352,72 @@ def mask_from_ids_bert4keras(token_ids: Int[Tensor, "*b n"]) -> Bool[Tensor, "*b
     return (token_ids != 0) | (torch.arange(token_ids.shape[-1], device=token_ids.device) == 0)
 
 
-def checked_positions(operation: str, positions: Tensor | None, inputs: Inputs) -> Int[Tensor, "*p n"]:
-    """Integer positions of the tokens, 0, 1, 2, ... of the array where none are given.
+def checked_positions(
+    operation: str, positions: Tensor | None, inputs: Inputs, *, first: int = 0
+) -> Int[Tensor, "*p n"]:
+    """Integer positions of the tokens, first, first + 1, ... of the array where none are given.
 
     Raises: DomainError unless integers; ShapeError unless of shape (n,) or that of the token ids.
     """
     ids = inputs.token_ids
     if positions is None:
-        return torch.arange(ids.shape[-1], device=ids.device)
+        return torch.arange(first, first + ids.shape[-1], device=ids.device)
     positions = check.integer(operation, "positions", positions)
     fits = positions.shape == ids.shape or positions.shape == ids.shape[-1:]
     check.shape(operation, fits, "positions (n,) or (..., n)", positions=positions, token_ids=ids)
     return positions
+
+
+def checked_state(operation: str, state: State, config: Any) -> State:
+    """A state with something for every layer; what a layer keeps is checked where it is read.
+
+    Raises: DomainError for anything but a State that counts its tokens; ShapeError for another number of layers.
+    """
+    counted = isinstance(state, State) and isinstance(state.tokens, int) and state.tokens >= 0
+    check.domain(operation, counted, "a state of initial_state or of the step before", state=type(state))
+    fits = len(state.layers) == config.layers
+    check.shape(operation, fits, f"a state of {config.layers} layers", layers=len(state.layers))
+    return state
+
+
+def stepped(encoder: nn.Module, state: State, inputs: Inputs, positions: Tensor) -> tuple[list[Tensor], State]:
+    """The embedding of the next tokens, the output of every layer, and the state after them."""
+    _, frequencies = placed(inputs.token_ids, encoder.config)
+    mask = torch.ones_like(inputs.token_ids, dtype=torch.bool) if inputs.mask is None else inputs.mask
+    states, kept = [encoder.embedding(inputs)], []
+    for layer, past in zip(encoder.layers, state.layers, strict=True):
+        x, now = layer.step(states[-1], mask, positions, frequencies, past)
+        states.append(x)
+        kept.append(now)
+    return states, State(state.tokens + inputs.token_ids.shape[-1], tuple(kept))
+
+
+def no_keys(like: Tensor, batch: tuple[int, ...], key: tuple[int, ...], value: tuple[int, ...]) -> Keys:
+    """The keys of a stream before its first token, in the dtype and on the device of `like`."""
+    k, v = (like.new_zeros((*batch, 0, *shape)) for shape in (key, value))
+    return Keys(k, v, torch.zeros((*batch, 0), dtype=torch.bool, device=like.device))
+
+
+def grown(operation: str, past: Keys, k: Tensor, v: Tensor, mask: Bool[Tensor, "*b n"]) -> Keys:
+    """What a layer has kept, with the keys and values of the next tokens behind it, in their dtype.
+
+    Raises: ShapeError for a state of other texts or of another model; DomainError for one that is no Keys.
+    """
+    check.domain(operation, isinstance(past, Keys), "a state that keeps keys in every layer", received=type(past))
+    lead, real = mask.ndim, check.boolean(operation, "real", past.real)
+    fits = real.ndim == lead and past.k.shape[:lead] == past.v.shape[:lead] == real.shape
+    fits = fits and real.shape[:-1] == mask.shape[:-1]
+    fits = fits and past.k.shape[lead:] == k.shape[lead:] and past.v.shape[lead:] == v.shape[lead:]
+    expected = "a state of the same texts, keys and values"
+    check.shape(operation, fits, expected, held_k=past.k, held_v=past.v, real=real, k=k, v=v, mask=mask)
+    pairs = ((past.k.to(k), k), (past.v.to(v), v), (real.to(mask.device), mask))
+    return Keys(*(torch.cat(pair, dim=lead - 1) for pair in pairs))
+
+
+def seen(keys: Keys, tokens: int) -> Bool[Tensor, "*b n m"]:
+    """Who sees whom, where the last `tokens` of the keys ask: `causal` of the whole, their rows of it."""
+    order = torch.arange(keys.real.shape[-1], device=keys.real.device)
+    return attention.key_mask(keys.real) & (order <= order[order.shape[0] - tokens :, None])
 
 
 def below(shapes: dict[str, tuple[int, ...]], prefix: str) -> dict[str, tuple[int, ...]]:

@@ -14,6 +14,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from refimpl.models.flash import Config, layer_shapes
+from torchimpl import check
 from torchimpl.models import _encoder
 from torchimpl.ops import attention_kernel, mixed_chunk_attention, norm, rope
 
@@ -29,6 +30,7 @@ class Layer(nn.Module):
         _encoder.add_parameters(self, layer_shapes(config))
         self.dropout = nn.Dropout(dropout)
         self.epsilon = config.epsilon
+        self.mix: Callable[..., Tensor] = getattr(mixed_chunk_attention, config.mix)
         self.rule = _rule(config)
 
     def forward(
@@ -38,10 +40,46 @@ class Layer(nn.Module):
         positions: Int[Tensor, "*p n"],
         frequencies: Float[Tensor, " r"],
     ) -> Float[Tensor, "*b n d"]:
+        return self._mixed(x, mask, positions, frequencies, self.mix)
+
+    def no_sums(self, batch: tuple[int, ...]) -> mixed_chunk_attention.State:
+        """What is kept of a stream before its first token."""
+        made = mixed_chunk_attention.initial_state(batch=batch, s=self.gamma.shape[1], e=self.w_out.shape[0])
+        sums = {name: getattr(made, name).to(self.w_in) for name in ("summary", "k_quad", "k_lin", "v")}
+        rest = {name: getattr(made, name).to(self.w_in.device) for name in ("counted", "valid")}
+        return made._replace(**sums, **rest)
+
+    def step(
+        self,
+        x: Float[Tensor, "*b n d"],
+        mask: Bool[Tensor, "*b n"],
+        positions: Int[Tensor, "*p n"],
+        frequencies: Float[Tensor, " r"],
+        past: mixed_chunk_attention.State,
+    ) -> tuple[Float[Tensor, "*b n d"], mixed_chunk_attention.State]:
+        """The layer on the next tokens of a causal stream, and what it keeps after them."""
+        summed = isinstance(past, mixed_chunk_attention.State)
+        check.domain("flash.step", summed, "a state that keeps sums in every layer", received=type(past))
+        kept = []
+
+        # The unit calls its mix once; what the layer keeps leaves it here.
+        def mix(
+            q_quad: Tensor, k_quad: Tensor, q_lin: Tensor, k_lin: Tensor, v: Tensor,
+            key_mask: Any, segments: Any, bias: Any, *, documents: Any, **rule: Any,
+        ) -> Tensor:  # fmt: skip
+            mixed, now = mixed_chunk_attention.step(past, q_quad, k_quad, q_lin, k_lin, v, key_mask, bias, **rule)
+            kept.append(now)
+            return mixed
+
+        return self._mixed(x, mask, positions, frequencies, mix), kept[0]
+
+    def _mixed(
+        self, x: Tensor, mask: Tensor | None, positions: Tensor, frequencies: Tensor, mix: Callable[..., Tensor]
+    ) -> Tensor:
         unit = mixed_chunk_attention.unit(
             norm.layer_norm(x, self.norm_scale, self.norm_bias, epsilon=self.epsilon),
             mask, None, None, positions, frequencies,
-            self.w_in, self.b_in, self.gamma, self.beta, self.w_out, self.b_out, **self.rule,
+            self.w_in, self.b_in, self.gamma, self.beta, self.w_out, self.b_out, mix=mix, **self.rule,
         )  # fmt: skip
         return x + self.dropout(unit)
 
@@ -106,6 +144,31 @@ class Flash(nn.Module):
         """
         return self.hidden_states(token_ids, segment_ids, mask, positions)[-1]
 
+    def initial_state(self, *, batch: tuple[int, ...]) -> _encoder.State:
+        """The state before the first token of `batch` texts: nothing summed, nothing buffered."""
+        return _encoder.State(0, tuple(layer.no_sums(batch) for layer in self.layers))
+
+    def step(
+        self,
+        state: _encoder.State,
+        token_ids: Int[Tensor, "*b n"],
+        segment_ids: Int[Tensor, "*b n"] | None = None,
+        mask: Bool[Tensor, "*b n"] | None = None,
+        positions: Int[Tensor, "*p n"] | None = None,
+    ) -> tuple[list[Float[Tensor, "*b n d"]], _encoder.State]:
+        """The hidden states of the next n tokens of a causal stream, and the state after them.
+
+        Raises: as `hidden_states`; ShapeError for a state of other texts or of another Config; DomainError for anything
+            but a state, and where `mix` is not causal.
+        """
+        mix = self.config.mix
+        check.domain("flash.step", mix == "causal", "mix causal, since no token may read a later one", mix=mix)
+        state = _encoder.checked_state("flash.step", state, self.config)
+        inputs = _encoder.checked_inputs("flash.step", token_ids, segment_ids, mask)
+        positions = _encoder.checked_positions("flash.step", positions, inputs, first=state.tokens)
+        states, state = _encoder.stepped(self, state, inputs, positions)
+        return [*states[:-1], self.final_norm(states[-1])], state
+
 
 def _rule(config: Config) -> dict[str, Any]:
     kernels: dict[str, Callable[..., Tensor]] = {
@@ -114,7 +177,6 @@ def _rule(config: Config) -> dict[str, Any]:
     }
     rotations = {"interleaved": rope.rotate_interleaved, "half_split": rope.rotate_half_split}
     return {
-        "mix": getattr(mixed_chunk_attention, config.mix),
         "rotate": rotations[config.rotation],
         "rows": config.row_order,
         "chunk": config.chunk,

@@ -6,12 +6,14 @@ Specification: refimpl/models/gau_alpha.py. In training, hidden dropout acts on 
 on every unit before the residual sum, attention dropout on the attention weights. What stands on x_L is in _heads.
 """
 
+import math
+
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from refimpl.models.gau_alpha import Config, layer_shapes
 from torchimpl.models import _encoder
-from torchimpl.ops import gau, norm, rope
+from torchimpl.ops import attention, gau, norm, rope
 from torchimpl.ops.attention_kernel import softmax_plus
 
 
@@ -39,6 +41,34 @@ class Layer(nn.Module):
         )  # fmt: skip
         # gau.block_post_norm with a dropout between its parts.
         return norm.rms_norm(x + self.hidden_dropout(unit), epsilon=self.epsilon)
+
+    def no_keys(self, batch: tuple[int, ...]) -> _encoder.Keys:
+        """What is kept of a stream before its first token."""
+        return _encoder.no_keys(self.w_in, batch, self.gamma_k.shape, self.w_out.shape[:1])
+
+    def step(
+        self,
+        x: Float[Tensor, "*b n d"],
+        mask: Bool[Tensor, "*b n"],
+        positions: Int[Tensor, "*p n"],
+        frequencies: Float[Tensor, " r"],
+        past: _encoder.Keys,
+    ) -> tuple[Float[Tensor, "*b n d"], _encoder.Keys]:
+        """The layer on the next tokens of a causal stream, and what it keeps after them."""
+        u, v, z = gau.parts(x, self.w_in, None, key_width=self.gamma_q.shape[0])
+        turn = rope.angles(positions, frequencies)
+        q, k = (
+            rope.rotate_interleaved(gau.scale_offset(z, gamma, None), turn) for gamma in (self.gamma_q, self.gamma_k)
+        )
+        keys = _encoder.grown("gau_alpha.step", past, k, v, mask)
+        # One head, whose values are wider than its keys. softmax_plus counts the keys that a row sees: all are here.
+        mixed = attention.attend(
+            q[..., None, :], keys.k[..., None, :], keys.v[..., None, :],
+            attention.per_head(_encoder.seen(keys, x.shape[-2])),
+            kernel=self._kernel, scale=1 / math.sqrt(q.shape[-1]),
+        )[..., 0, :]  # fmt: skip
+        unit = attention.project(u * mixed, self.w_out, None)
+        return norm.rms_norm(x + self.hidden_dropout(unit), epsilon=self.epsilon), keys
 
     def _kernel(self, scores: Tensor, mask: Tensor | None) -> Tensor:
         return self.attention_dropout(softmax_plus(scores, mask, n_min=self.n_min))

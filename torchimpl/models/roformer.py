@@ -51,7 +51,27 @@ class Layer(nn.Module):
         positions: Int[Tensor, "*p n"],
         frequencies: Float[Tensor, " r"],
     ) -> Float[Tensor, "*b n d"]:
-        middle = self.attention_norm(x + self.dropout(self.attention(x, visible, positions, frequencies)))
+        return self._behind(x, self.attention(x, visible, positions, frequencies))
+
+    def no_keys(self, batch: tuple[int, ...]) -> _encoder.Keys:
+        """What is kept of a stream before its first token."""
+        return self.attention.no_keys(batch)
+
+    def step(
+        self,
+        x: Float[Tensor, "*b n d"],
+        mask: Bool[Tensor, "*b n"],
+        positions: Int[Tensor, "*p n"],
+        frequencies: Float[Tensor, " r"],
+        past: _encoder.Keys,
+    ) -> tuple[Float[Tensor, "*b n d"], _encoder.Keys]:
+        """The layer on the next tokens of a causal stream, and what it keeps after them."""
+        attended, keys = self.attention.step(x, mask, positions, frequencies, past)
+        return self._behind(x, attended), keys
+
+    def _behind(self, x: Tensor, attended: Tensor) -> Tensor:
+        """All that stands behind the attention."""
+        middle = self.attention_norm(x + self.dropout(attended))
         return self.feed_forward_norm(middle + self.dropout(self.feed_forward(middle)))
 
 

@@ -15,6 +15,7 @@ from torch.func import functional_call
 from conformance.budget import Profile
 from conformance.models import _encoder as judge
 from conformance.models import flash as judged_flash
+from conformance.models import flash_quad as judged_flash_quad
 from conformance.models import gau_alpha as judged_gau_alpha
 from refimpl import bundle
 from refimpl import config as configuration
@@ -26,10 +27,15 @@ from tests.golden import originals
 from torchimpl.model import Model
 from torchimpl.models import _encoder, _heads
 from torchimpl.models.flash import Flash
+from torchimpl.models.flash_quad import FlashQuad
 from torchimpl.models.gau_alpha import GauAlpha
 
 TIED = TiedLM()
-MODELS = {"gau_alpha": (GauAlpha, judged_gau_alpha), "flash": (Flash, judged_flash)}
+MODELS = {
+    "gau_alpha": (GauAlpha, judged_gau_alpha),
+    "flash": (Flash, judged_flash),
+    "flash_quad": (FlashQuad, judged_flash_quad),
+}
 CASES = [(name, case.name) for name, (_, judged) in MODELS.items() for case in judged.cases()]
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -105,11 +111,14 @@ def test_float32_stays_within_the_bound_of_float32(name, case):
         ("gau_alpha", "unilm"),
         ("flash", "padded"),
         ("flash", "causal"),
+        ("flash_quad", "padded"),
+        ("flash_quad", "causal"),
+        ("flash_quad", "array, causal"),
     ],
 )
 def test_the_laws_hold(name, case, dtype):
     judged, case = MODELS[name][1], case_of(name, case)
-    for law in judged.laws(case) if name == "flash" else judge.LAWS:
+    for law in judged.laws(case) if name.startswith("flash") else judge.LAWS:
         law(arrays(DTYPES[dtype]), case, judged.reference, Profile(dtype, "strict", "A64"))
 
 
@@ -224,7 +233,7 @@ def test_weights_start_with_their_deviation_and_within_two_sigma(name):
             assert abs(values.mean().item()) < 0.02 * due[key]
             sigma = 1.13684723 * due[key]
             assert 1.99 * sigma < values.abs().max().item() <= 2 * sigma * (1 + 1e-6), key
-        elif key.endswith(("bias", "beta", "b_in", "b_out")):
+        elif key.endswith(("bias", "beta", "beta_q", "beta_k", "b_in", "b_out")):
             assert (parameter == 0).all(), key
         elif key.endswith("scale") or "gamma_" in key:
             assert (parameter == 1).all(), key
@@ -274,15 +283,18 @@ def test_hidden_dropout_stands_before_the_embeddings_norm_and_on_the_unit(name):
     embedded, *states, last = module.hidden_states(*inputs)
     for state in states:
         torch.testing.assert_close(state, embedded, rtol=1e-10, atol=1e-10)
-    expected = module.final_norm(embedded) if name == "flash" else embedded
+    expected = embedded if name == "gau_alpha" else module.final_norm(embedded)
     torch.testing.assert_close(last, expected, rtol=1e-10, atol=1e-10)
 
 
-def test_attention_dropout_acts_on_the_weights():
-    case = case_of("gau_alpha")
+@pytest.mark.parametrize("name", ["gau_alpha", "flash_quad"])
+def test_attention_dropout_acts_on_the_weights(name):
+    case = case_of(name)
+    # What is not attended to leaves the bias alone.
+    case = case.with_(weights={n: 0 * w if n.endswith("b_out") else w for n, w in case.weights.items()})
     module, inputs = module_of(case, hidden_dropout=0.0, attention_dropout=1.0).train(), inputs_of(case)
     embedded, *states = module.hidden_states(*inputs)
-    for state in states:
+    for state in states if name == "gau_alpha" else states[:-1]:
         torch.testing.assert_close(state, embedded, rtol=1e-10, atol=1e-10)
 
 
