@@ -64,7 +64,11 @@ def test_a_failing_law_shows_the_shrunk_case():
 
 def section(title):
     """The Python blocks and the commands of a section of the README, in order."""
-    text = README.partition(f"\n## {title}\n")[2].partition("\n## ")[0]
+    return commands(README.partition(f"\n## {title}\n")[2].partition("\n## ")[0])
+
+
+def commands(text):
+    """What the blocks of a text run, in order."""
     made = []
     for language, block in re.findall(r"```(python)?\n(.*?)```", text, flags=re.DOTALL):
         if language:
@@ -86,9 +90,9 @@ def test_a_model_as_the_readme_trains_exports_and_serves_it(tmp_path):
 
 
 def test_the_operators_as_the_readme_calls_them(tmp_path):
-    commands = section("The operators in PyTorch and in ONNX") + section("In Python")
-    assert len(commands) == 3
-    for command in commands:
+    given = section("The operators in PyTorch and in ONNX") + section("In Python")
+    assert len(given) == 3
+    for command in given:
         done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
     assert (tmp_path / "rms_norm.onnx").is_file() and (tmp_path / "out" / "gau_unit.onnx").is_file()
@@ -114,12 +118,18 @@ def test_original_checkpoints_as_the_readme_converts_and_trains_them(tmp_path):
     small = gau_alpha.dialect("bert4keras-0.11.5", **SMALL)
     specification.write(specification.Model(small, (TiedLM(),), "bidirectional"), tmp_path / "model.json")
 
-    commands = section("Original checkpoints") + section("Training")
-    assert len(commands) == 7
-    for command in commands:
+    given = section("Original checkpoints") + section("Training")
+    assert len(given) == 7
+    for command in given:
         done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr
     with np.load(tmp_path / "states.npz") as made:
         assert made["last_hidden_state"].shape == (2, 4, 48)
     for trained in ("reviews", "mlm", "further"):
         assert (tmp_path / "out" / trained / "model" / "model.safetensors").is_file()
+
+
+def test_a_text_grows_as_the_document_shows():
+    (command,) = commands((EXAMPLES.parent / "docs" / "streaming.md").read_text(encoding="utf-8"))
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "11\n"), done.stderr
