@@ -582,8 +582,16 @@ def softmax(scores: Ball, mask: np.ndarray) -> Ball:
     radius of the visible scores; |a| of the weight itself, or of the mean weight in the sum if that is larger. The
     magnitudes, not their difference: exp2(a c - max a c) and exp(a - logsumexp) round before they subtract.
     """
-    arithmetic = scores.arithmetic
     mask = np.broadcast_to(mask, scores.shape)
+    weights, distance = _softmax(scores, mask)
+    error = np.where(mask, scores.rad, 0.0).max(axis=-1, keepdims=True, initial=0.0)
+    with np.errstate(over="ignore", invalid="ignore"):
+        rad = _weight_roundings(weights, np.expm1(2 * error), distance, mask, scores.arithmetic)
+    return Ball(weights, rad, scores.arithmetic)
+
+
+def _softmax(scores: Ball, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The midpoints of the weights, and the magnitudes by whose size an exponential is off."""
     visible = mask.any(axis=-1, keepdims=True)
     value = np.where(mask, scores.value, -np.inf)
     with np.errstate(invalid="ignore"):
@@ -595,18 +603,54 @@ def softmax(scores: Ball, mask: np.ndarray) -> Ball:
     weights = np.where(mask, weights, zero)
     total = weights.sum(axis=-1, keepdims=True)
     weights = weights / np.where(visible, total, scores._coerce(1.0).mid)
-    error = np.where(mask, scores.rad, 0.0).max(axis=-1, keepdims=True, initial=0.0)
+    with np.errstate(over="ignore", invalid="ignore"):
+        distance = np.maximum(distance, (_float(weights) * distance).sum(axis=-1, keepdims=True))
+    return np.asarray(weights), distance
+
+
+def _weight_roundings(
+    weights: np.ndarray, moved: Any, distance: np.ndarray, mask: np.ndarray, arithmetic: Arithmetic
+) -> np.ndarray:
+    """The radius of softmax weights: `moved`, relative, by the scores, and what their formation rounds."""
     profile, unit = arithmetic.profile, arithmetic.unit
     if profile.elementary != profile.working:
         unit = unit + profile.storage
-    with np.errstate(over="ignore", invalid="ignore"):
-        distance = np.maximum(distance, (_float(weights) * distance).sum(axis=-1, keepdims=True))
-        relative = np.expm1(2 * error) + np.expm1(2 * unit * distance) + gamma(scores.shape[-1] + 6, arithmetic.unit)
-        if profile.elementary != profile.working:
-            relative = relative + 4 * profile.storage
-        relative = relative + 2 * LIBM * arithmetic.unit
-        # An unnormalised weight may underflow before the division; the sum is at least 1.
-        rad = _float(weights) * relative + half_subnormal(profile.working) * 2
-        if profile.elementary != profile.working:
-            rad = rad + 2 * half_subnormal(profile.dtype)
-    return Ball(np.asarray(weights), np.where(mask, rad, 0.0), arithmetic)
+    relative = moved + np.expm1(2 * unit * distance) + gamma(weights.shape[-1] + 6, arithmetic.unit)
+    if profile.elementary != profile.working:
+        relative = relative + 4 * profile.storage
+    relative = relative + 2 * LIBM * arithmetic.unit
+    # An unnormalised weight may underflow before the division; the sum is at least 1.
+    rad = _float(weights) * relative + half_subnormal(profile.working) * 2
+    if profile.elementary != profile.working:
+        rad = rad + 2 * half_subnormal(profile.dtype)
+    return np.where(mask, rad, 0.0)
+
+
+def softmax_mean(scores: Ball, error: np.ndarray, mask: np.ndarray, values: Ball) -> np.ndarray:
+    """A radius of the mean of values by softmax weights, (..., n, m) and (..., m, e): weights move together.
+
+    Let w be the weights of the midpoints, o = sum w_j v_j, and let an implementation hold scores off by d_j and values
+    off by f_j, |d_j| <= error_j up to one number for all keys of a query, |f_j| <= r_j. As sum w_j (v_j - o) = 0,
+
+        o' - o = sum w_j (exp(d_j) - 1) (v_j - o) / z + sum w_j exp(d_j) f_j / z,    z = sum w_j exp(d_j),
+
+    without remainder; magnitudes give the radius, with z at least sum w_j exp(-error_j). To that comes what rounds at
+    the scores and values that are held, where a weight is at most w_j exp(error_j) / z. An exponential rounds by the
+    size of its score, which counts with all that it is off.
+    """
+    a, mask = scores.arithmetic, np.broadcast_to(mask, scores.shape)
+    still = softmax(a.ball(scores.mid, 0.0), mask)
+    o, error = still @ a.ball(values.mid, 0.0), np.where(mask, error, 0.0)
+    with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
+        least = (np.maximum(still.value - still.rad, 0.0) * np.exp(-error)).sum(axis=-1, keepdims=True)
+        least = np.where(mask.any(axis=-1, keepdims=True), least, 1.0)
+        moved, v = still.magnitude * np.expm1(error), values.value
+        away = [np.abs(v[..., None, :, i] - o.value[..., i, None]) for i in range(v.shape[-1])]
+        first = np.stack([(moved * part).sum(axis=-1) for part in away], axis=-1) + moved.sum(-1, keepdims=True) * o.rad
+        most = still.magnitude * np.exp(error) / least
+        rad = first / least + most @ values.rad
+        worst, off = (np.where(mask, e, 0.0).max(axis=-1, keepdims=True, initial=0.0) for e in (error, scores.rad))
+        distance = np.exp(2 * worst) * (_softmax(scores, mask)[1] + 2 * off)
+        held = a.ball(most, _weight_roundings(most, 0.0, distance, mask, a)).stored()
+        rad = rad + (held @ a.exact(values.magnitude)).rad
+    return np.where(np.isnan(rad), np.inf, rad)

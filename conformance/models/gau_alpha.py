@@ -15,6 +15,7 @@ from conformance.generate import Draw
 from conformance.models import _encoder
 from conformance.models._encoder import Case, Expected, Model
 from conformance.ops import gau
+from conformance.ops.norm import rms_norm
 from refimpl.models import _heads
 from refimpl.models import gau_alpha as spec
 from refimpl.ops import gau as gau_spec
@@ -45,13 +46,13 @@ def reference(a: Arithmetic, case: Case) -> Expected:
     config = case.config
     states = [_encoder.embed(a, case).stored()]
     for index in range(config.layers):
-        states.append(
-            gau.block_post_norm(
-                a, x=states[-1], epsilon=config.epsilon, mask=case.keys, bias=None, positions=case.places,
-                **_encoder.layer_of(a, case, index), b_in=None, beta_q=None, beta_k=None, b_out=None,
-                layout="interleaved", base=config.rotary_base, kernel=f"softmax_plus_{config.n_min}",
-            ).stored()
-        )  # fmt: skip
+        mixed = gau.unit(
+            a, x=states[-1], mask=case.keys, bias=None, positions=case.places,
+            **_encoder.layer_of(a, case, index), b_in=None, beta_q=None, beta_k=None, b_out=None,
+            layout="interleaved", base=config.rotary_base, kernel=f"softmax_plus_{config.n_min}",
+        ).stored()  # fmt: skip
+        # gau.block_post_norm, with the norm that knows what its inputs' radii have in common.
+        states.append(rms_norm(a, (states[-1] + mixed).stored(), epsilon=config.epsilon).stored())
     table = a.exact(case.weights["embedding.token"])
     return Expected(affine(states[-1], table.transpose(1, 0), None), tuple(states))
 

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
 from hypothesis import strategies as st
 
-from conformance.budget import Arithmetic, Ball, Profile, affine, einsum, round_to
+from conformance.budget import Arithmetic, Ball, Profile, affine, einsum, gamma, round_to, softmax_mean
+from conformance.budget import softmax as normalised
 from conformance.case import SPEC, Case, Function, Operator, Package
 from conformance.generate import Draw, drawn
 from conformance.law import Law, close, equal, run
@@ -86,24 +88,57 @@ def positions_from_mask(a: Arithmetic, valid: np.ndarray) -> np.ndarray:
     return np.array([[max(int(r[: i + 1].sum()) - 1, 0) for i in range(len(r))] for r in rows]).reshape(valid.shape)
 
 
-def attend(a: Arithmetic, q: Ball, k: Ball, v: Ball, mask: Any, kernel: str, scale: float) -> Ball:
+def composed_attend(a: Arithmetic, q: Ball, k: Ball, v: Ball, mask: Any, kernel: str, scale: float) -> Ball:
     """Head by head: kernel(scale q kᵀ, mask) v."""
-    heads, groups, d = q.shape[-2], k.shape[-2], q.shape[-1]
-    shared = [h * groups // heads for h in range(heads)]
-    k, v = k[..., shared, :], v[..., shared, :]
-    # The scale may be folded into q, into k or, as a root, into both.
-    scores = (einsum("...nhd,...mhd->...hnm", q, k, length=d + 4) * scale).stored()
-    weights = REFERENCES[kernel](a, scores, mask).stored()
+    k, v = _shared(q, k, v)
+    weights = REFERENCES[kernel](a, _scored(q, k, scale), mask).stored()
     return einsum("...hnm,...mhe->...nhe", weights, v)
+
+
+def attend(a: Arithmetic, q: Ball, k: Ball, v: Ball, mask: Any, kernel: str, scale: float) -> Ball:
+    """composed_attend of arrays with radii: the weights of softmax move together.
+
+    What a query is off by adds the same to all its scores but for the keys' distance from one point, here their mean by
+    weight; what adds the same to all changes no weight.
+    """
+    composed = composed_attend(a, q, k, v, mask, kernel, scale)
+    if kernel != "softmax" or not any(x.rad.any() for x in (q, k, v)):
+        return composed
+    k, v = (t.swapaxes(-2, -3) for t in _shared(q, k, v))
+    scores = _scored(q, k.swapaxes(-2, -3), scale)
+    seen, q = visible(mask, scores.shape), q.swapaxes(-2, -3)
+    with np.errstate(over="ignore", invalid="ignore"):
+        middle = normalised(a.ball(scores.mid, 0.0), seen).value @ k.value
+        away = [np.abs(k.value[..., None, :, i] - middle[..., i, None]) for i in range(k.shape[-1])]
+        moved = sum(q.rad[..., i, None] * part for i, part in enumerate(away))
+        moved = moved + q.magnitude @ k.rad.swapaxes(-1, -2)
+        # These sums are formed in float64.
+        moved = moved + gamma(2 * k.shape[-1] + 8, 2.0**-53) * (q.magnitude @ k.magnitude.swapaxes(-1, -2))
+        size_q, size_k = (a.exact(t.magnitude).swapaxes(-2, -3) for t in (q, k))
+        error = abs(scale) * moved + _scored(size_q, size_k, scale).rad
+    rad = softmax_mean(scores, error, seen, v).swapaxes(-2, -3)
+    return a.ball(composed.mid, np.fmin(composed.rad, rad))
+
+
+def _shared(q: Ball, k: Ball, v: Ball) -> tuple[Ball, Ball]:
+    """Keys and values of every query head."""
+    heads, groups = q.shape[-2], k.shape[-2]
+    shared = [h * groups // heads for h in range(heads)]
+    return k[..., shared, :], v[..., shared, :]
+
+
+def _scored(q: Ball, k: Ball, scale: float) -> Ball:
+    # The scale may be folded into q, into k or, as a root, into both.
+    return (einsum("...nhd,...mhd->...hnm", q, k, length=q.shape[-1] + 4) * scale).stored()
 
 
 def attend_rotated_values(
     a: Arithmetic, q: Ball, k: Ball, v: Ball, mask: Any, positions_k: np.ndarray, layout: str, base: float, kernel: str,
     scale: float,
 ) -> Ball:  # fmt: skip
-    """attend, every value turned by the position of its key."""
+    """composed_attend, every value turned by the position of its key."""
     turned = rotate(a, v, np.asarray(positions_k)[..., None], base, layout=layout).stored()
-    return attend(a, q, k, turned, mask, kernel, scale)
+    return composed_attend(a, q, k, turned, mask, kernel, scale)
 
 
 def project(a: Arithmetic, x: Ball, w: Ball, b: Ball | None) -> Ball:
@@ -114,9 +149,9 @@ def project(a: Arithmetic, x: Ball, w: Ball, b: Ball | None) -> Ball:
 def cross_attention(
     a: Arithmetic, x: Ball, memory: Ball, mask: Any, positions_q: Positions, positions_k: Positions, w_q: Ball,
     b_q: Ball | None, w_k: Ball, b_k: Ball | None, w_v: Ball, b_v: Ball | None, w_o: Ball, b_o: Ball | None,
-    heads: int, layout: str, base: float, kernel: str,
+    heads: int, layout: str, base: float, kernel: str, mix: Function = attend,
 ) -> Ball:  # fmt: skip
-    """Projections, head-major columns, rotation of q and k, attend, projection."""
+    """Projections, head-major columns, rotation of q and k, attend (`mix`), projection."""
     width = w_q.shape[-1] // heads
     groups = w_k.shape[-1] // width
 
@@ -129,7 +164,7 @@ def cross_attention(
     q = placed(split(project(a, x, w_q, b_q), heads), positions_q)
     k = placed(split(project(a, memory, w_k, b_k), groups), positions_k)
     v = split(project(a, memory, w_v, b_v), groups)
-    o = attend(a, q, k, v, mask, kernel, 1 / math.sqrt(width)).stored()
+    o = mix(a, q, k, v, mask, kernel, 1 / math.sqrt(width)).stored()
     return project(a, o.reshape(*o.shape[:-2], o.shape[-2] * o.shape[-1]), w_o, b_o)
 
 
@@ -139,11 +174,14 @@ def multi_head_attention(a: Arithmetic, x: Ball, mask: Any, positions: Positions
 
 
 OPERATORS = (
-    Operator("attention.attend", _attend, attend, multilinear=True),
+    # Frozen bounds are those of one operation after the other.
+    Operator("attention.attend", _attend, composed_attend, multilinear=True),
     Operator("attention.attend_rotated_values", _attend_rotated_values, attend_rotated_values),
     Operator("attention.project", spec.project, project, multilinear=True),
-    Operator("attention.multi_head_attention", _multi_head_attention, multi_head_attention),
-    Operator("attention.cross_attention", _cross_attention, cross_attention),
+    Operator(
+        "attention.multi_head_attention", _multi_head_attention, partial(multi_head_attention, mix=composed_attend)
+    ),
+    Operator("attention.cross_attention", _cross_attention, partial(cross_attention, mix=composed_attend)),
     Operator("attention.causal_mask", spec.causal_mask, causal_mask, ("mask",)),
     Operator("attention.unilm_mask", spec.unilm_mask, unilm_mask, ("mask",)),
     Operator("attention.positions_from_mask", spec.positions_from_mask, positions_from_mask, ("positions",)),

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from hypothesis import strategies as st
 
-from conformance.budget import Arithmetic, Ball, Profile, sqrt, where
+from conformance.budget import Arithmetic, Ball, Profile, gamma, sqrt, where
 from conformance.case import Case, Function, Operator
 from conformance.generate import Draw, drawn
 from conformance.law import Law, close, equal, run
@@ -18,10 +18,30 @@ RMS, SCALED, LAYER = "norm.rms_norm", "norm.rms_norm_scaled", "norm.layer_norm"
 ALL = (RMS, SCALED, LAYER)
 
 
-def rms_norm(a: Arithmetic, x: Ball, epsilon: float) -> Ball:
+# References. Inputs of a case are exact, and every operation has a radius of its own; those of a model have radii.
+def composed_rms_norm(a: Arithmetic, x: Ball, epsilon: float) -> Ball:
     """x / sqrt(mean(x^2) + epsilon); a row of zeros gives zeros."""
-    zero = (x.value == 0).all(axis=-1, keepdims=True)
-    return where(zero, a.exact(np.zeros(x.shape)), x / sqrt((x * x).mean(keepdims=True) + epsilon))
+    zero = np.asarray((x.magnitude == 0).all(axis=-1, keepdims=True))
+    return where(zero, a.exact(np.zeros(x.shape)), _over_root(x, epsilon)[0])
+
+
+def composed_rms_norm_scaled(a: Arithmetic, x: Ball, scale: Ball, epsilon: float) -> Ball:
+    """composed_rms_norm, times a scale per feature."""
+    return composed_rms_norm(a, x, epsilon) * scale
+
+
+def composed_layer_norm(a: Arithmetic, x: Ball, scale: Ball, bias: Ball, epsilon: float) -> Ball:
+    """(x - mean) / sqrt(var + epsilon) * scale + bias; with epsilon = 0 a constant row gives bias."""
+    return _standardised(a, x, epsilon) * scale + bias
+
+
+def rms_norm(a: Arithmetic, x: Ball, epsilon: float) -> Ball:
+    """composed_rms_norm of an x with a radius: the numerator and the root move together."""
+    composed = composed_rms_norm(a, x, epsilon)
+    if not x.rad.any():
+        return composed
+    narrowed = _narrowed(composed, x, a.ball(x.mid, 0.0), _held(a, x), epsilon, mean=0.0)
+    return where(_uncertain(x), narrowed, composed)
 
 
 def rms_norm_scaled(a: Arithmetic, x: Ball, scale: Ball, epsilon: float) -> Ball:
@@ -30,17 +50,94 @@ def rms_norm_scaled(a: Arithmetic, x: Ball, scale: Ball, epsilon: float) -> Ball
 
 
 def layer_norm(a: Arithmetic, x: Ball, scale: Ball, bias: Ball, epsilon: float) -> Ball:
-    """(x - mean) / sqrt(var + epsilon) * scale + bias; with epsilon = 0 a constant row gives bias."""
-    centred = x - x.mean(keepdims=True)
+    """composed_layer_norm of an x with a radius: features, their mean and the root move together."""
+    if not x.rad.any():
+        return composed_layer_norm(a, x, scale, bias, epsilon)
+    still, held = a.ball(x.mid, 0.0), _held(a, x)
+    still = still - still.mean(keepdims=True)
+    # A feature moves by its radius and the mean's, its share of that taken off twice.
+    move = (1 - 2 / x.shape[-1]) * x.rad + _mean(x.rad)
+    # Of the difference, only the size is known; adding 0 rounds once, as the subtraction does.
+    held = a.ball(still.magnitude + move, held.rad + held.mean(keepdims=True).rad) + 0.0
+    composed = _over_root(x - x.mean(keepdims=True), epsilon)[0]
+    narrowed = _narrowed(composed, x, still, held, epsilon, mean=1.0)
+    # A row without radius may be constant.
+    return where(_uncertain(x), narrowed, _standardised(a, x, epsilon)) * scale + bias
+
+
+def _standardised(a: Arithmetic, x: Ball, epsilon: float) -> Ball:
     constant = (x.value == x.value[..., :1]).all(axis=-1, keepdims=True) & (epsilon == 0)
-    quotient = centred / sqrt((centred * centred).mean(keepdims=True) + epsilon)
-    return where(constant, a.exact(np.zeros(x.shape)), quotient) * scale + bias
+    return where(constant, a.exact(np.zeros(x.shape)), _over_root(x - x.mean(keepdims=True), epsilon)[0])
+
+
+def _over_root(x: Ball, epsilon: float) -> tuple[Ball, Ball]:
+    """The quotient and its root, from one operation to the next."""
+    root = sqrt((x * x).mean(keepdims=True) + epsilon)
+    return x / root, root
+
+
+def _held(a: Arithmetic, x: Ball) -> Ball:
+    """The size of what is normalised, with what its readers may differ by.
+
+    One kernel may take the moments from sums that it then stores, and normalise what it reads back, or form a sum of
+    three once for each.
+    """
+    return a.exact(x.magnitude).rounded(2).stored()
+
+
+def _narrowed(composed: Ball, x: Ball, still: Ball, held: Ball, epsilon: float, *, mean: float) -> Ball:
+    """The quotient of an x with radius r, with the smaller of its composed radius and the one derived here.
+
+    Composing counts r three times: in a feature, in the mean and in the root. Let c be x, or x less its mean, s the
+    root, y = c / s, and let primes mark the same of x + e, |e| <= r. With f = c' - c and t = mean(y f), and as
+    mean(y^2) <= 1, s'^2 = s^2 + 2 s t + mean(f^2) >= (s + t)^2, so that s' = s + t + g, where
+    0 <= g = (mean(f^2) - t^2) / (s' + s + t), and
+
+        (y' - y) s' = c' - y s' = f - y t - y g
+
+    without remainder. f - y t is linear in e: row i of I - mean 11ᵀ / d - y yᵀ / d, whose product with e is at most
+    that of its magnitudes with r. As t = mean(y e), s' and s + t are at least s - p, p = mean(|y| r), and
+    mean(f^2) <= mean(r^2):
+
+        |y' - y| <= (|I - mean 11ᵀ / d - y yᵀ / d| r + |y| mean(r^2) / (2 (s - p))) / (s - p), where p < s.
+
+    To that comes what an implementation that holds x + e rounds. All of it grows with magnitudes and falls with s', so
+    that the largest |c'| and |y'| and the least s' bound it, operation by operation as for an exact input.
+
+    still: c, from exact midpoints: c, s and y are known only up to its radius. held: a size of c', and its roundings.
+    mean: 1 where the mean is subtracted, else 0.
+    """
+    a, r, d = x.arithmetic, x.rad, x.shape[-1]
+    ball, root = _over_root(still, epsilon)
+    y, unsure, most = ball.value, ball.rad, ball.magnitude
+    with np.errstate(invalid="ignore", over="ignore", divide="ignore"):
+        least = root.value - root.rad - _mean(most * r)
+        known = least > 0
+        least = np.where(known, least, 1.0)
+        others = [np.abs((i == np.arange(d)) * d - mean - y[..., i : i + 1] * y) * r for i in range(d)]
+        moved = np.stack([row.mean(axis=-1) for row in others], axis=-1)
+        moved = moved + np.abs(y) * _mean(unsure * r) + unsure * _mean(most * r)
+        # The sums themselves are formed in float64.
+        moved = moved + gamma(2 * d + 16, 2.0**-53) * (r + _mean(r) + most * _mean(most * r))
+        moved = (moved + most * _mean(r * r) / (2 * least)) / least
+        rounded = sqrt(a.ball(least**2, ((held * held).mean(keepdims=True) + epsilon).rad))
+        rounded = a.ball((most + moved) * least, held.rad) / rounded
+        rad = np.where(known, moved + rounded.rad, np.inf)
+    return a.ball(composed.mid, np.fmin(composed.rad, rad))
+
+
+def _uncertain(x: Ball) -> np.ndarray:
+    return np.asarray(x.rad.any(axis=-1, keepdims=True))
+
+
+def _mean(rows: np.ndarray) -> np.ndarray:
+    return rows.mean(axis=-1, keepdims=True)
 
 
 OPERATORS = (
-    Operator(RMS, norm.rms_norm, rms_norm),
-    Operator(SCALED, norm.rms_norm_scaled, rms_norm_scaled),
-    Operator(LAYER, norm.layer_norm, layer_norm),
+    Operator(RMS, norm.rms_norm, composed_rms_norm),
+    Operator(SCALED, norm.rms_norm_scaled, composed_rms_norm_scaled),
+    Operator(LAYER, norm.layer_norm, composed_layer_norm),
 )
 
 WIDE = ("float64", "float32", "bfloat16")

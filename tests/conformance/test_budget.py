@@ -282,3 +282,26 @@ def test_a_sum_that_begins_with_the_bias_is_within_the_bound():
     error = abs(float(total) - float(made.value[0, 0]))
     # No addition moves the 1; one rounding of the whole, and of a sum of 2^-19, would not cover that.
     assert 2.0**-20 < error <= made.rad[0, 0]
+
+
+def test_softmax_mean_by_hand():
+    # Weights w and 1 - w, values 1 and 0: both exp(d) - 1 are at most e - 1, the sum of weights at least 1/e.
+    double, w = Arithmetic(Profile("float64", "strict", "A64")), 1 / (1 + np.exp(6.0))
+    scores, values = double.exact(np.array([[-6.0, 0.0]])), double.exact(np.array([[1.0], [0.0]]))
+    seen = np.ones((1, 2), bool)
+    rad = budget.softmax_mean(scores, np.ones((1, 2)), seen, values).item()
+    assert rad == pytest.approx(2 * w * (1 - w) * (np.e - 1) * np.e, rel=1e-9)
+    # One score up, the other down. Without the fall of the sum, the bound would be too small.
+    assert rad / np.e < w * np.e / (w * np.e + (1 - w) / np.e) - w <= rad
+    # Values off by 1/2 and 1/4, where no score is.
+    values = double.ball(values.mid, np.array([[0.5], [0.25]]))
+    still = budget.softmax_mean(scores, np.zeros((1, 2)), seen, values).item()
+    assert still == pytest.approx(0.5 * w + 0.25 * (1 - w), rel=1e-12)
+
+
+def test_softmax_mean_rounds_at_what_is_held():
+    # Four equal weights, values 8: 4 + 6 roundings and two exponentials of 8 u, and 2 u times twice what the scores,
+    # all of them alike, are off; then a sum of four products.
+    scores, values = F32.ball(np.zeros((1, 4)), 1.0), F32.exact(np.full((4, 1), 8.0))
+    rad = budget.softmax_mean(scores, np.zeros((1, 4)), np.ones((1, 4), bool), values).item()
+    assert rad == pytest.approx((10 + 16 + 4) * 8 * U32 + 5 * 8 * U32, rel=1e-4)
