@@ -38,15 +38,11 @@ def _(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
 
 
 class _OneDNN(torch.autograd.Function):
-    generate_vmap_rule = True
-
+    # A setup_context would let functorch in, but makes every call inspect a signature: 60 us.
     @staticmethod
-    def forward(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
+    def forward(ctx: Any, x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, w)
         return (_operator if torch.compiler.is_compiling() else by_onednn)(x, w, b)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs[:2])
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
@@ -65,6 +61,11 @@ def _suits(x: Tensor, w: Tensor, b: Tensor | None) -> bool:
         or any(t.device.type != "cpu" or t.dtype != torch.float32 for t in given)
     ):
         return False
-    # Autocast changes the format; an exported graph must not name this operator; it has no forward derivative.
+    # Autocast changes the format, and an exported graph must not name this operator.
     elsewhere = torch.is_autocast_enabled("cpu") or torch.compiler.is_exporting()
-    return not elsewhere and (torch.compiler.is_compiling() or forward_ad._current_level < 0)
+    return not elsewhere and (torch.compiler.is_compiling() or not _transformed())
+
+
+def _transformed() -> bool:
+    """Inside torch.func's transforms, or where a forward derivative is taken: _OneDNN has neither."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0

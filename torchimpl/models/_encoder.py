@@ -21,6 +21,7 @@ from torch.nn import functional
 
 from refimpl.models import _encoder as specification
 from torchimpl import check
+from torchimpl.dropout import Dropout
 from torchimpl.ops import activation, attention, attention_kernel, norm, rope
 
 # Gate, value and output: the matrices whose product a gated attention unit adds to its input.
@@ -102,7 +103,7 @@ class Embedding(nn.Module):
     def __init__(self, config: Any, dropout: float) -> None:
         super().__init__()
         add_parameters(self, specification.embedding_shapes(config), "embedding.")
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.epsilon = config.epsilon
 
     def forward(self, inputs: Inputs) -> Float[Tensor, "*b n d"]:
@@ -147,7 +148,7 @@ class SelfAttention(nn.Module):
     def __init__(self, config: Any, shapes: dict[str, tuple[int, ...]], dropout: float) -> None:
         super().__init__()
         add_parameters(self, below(shapes, "attention."))
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.heads = config.heads
 
     def forward(

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from refimpl.models import _heads as specification
 from refimpl.models._encoder import table_width
 from torchimpl import check
+from torchimpl.dropout import Dropout
 from torchimpl.models import _encoder
 from torchimpl.ops import attention, norm, pooling
 from torchimpl.ops import head as spans
@@ -63,7 +64,7 @@ class TiedLM(Head):
 
     def __init__(self, config: Any, head: specification.TiedLM, *, hidden_dropout: float = 0.1) -> None:
         super().__init__(config, head)
-        self.dropout = nn.Dropout(hidden_dropout)
+        self.dropout = Dropout(hidden_dropout)
 
     def forward(self, hidden: Float[Tensor, "*b d"], table: Float[Tensor, "_v e"]) -> Float[Tensor, "*b v"]:
         """One logit per token of the vocabulary; `table` is the encoder's embedding.token.

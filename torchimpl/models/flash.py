@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from refimpl.models.flash import Config, layer_shapes
 from torchimpl import check
+from torchimpl.dropout import Dropout
 from torchimpl.models import _encoder
 from torchimpl.ops import attention_kernel, mixed_chunk_attention, norm, rope
 
@@ -28,7 +29,7 @@ class Layer(nn.Module):
     def __init__(self, config: Config, dropout: float) -> None:
         super().__init__()
         _encoder.add_parameters(self, layer_shapes(config))
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.epsilon = config.epsilon
         self.mix: Callable[..., Tensor] = getattr(mixed_chunk_attention, config.mix)
         self.rule = _rule(config)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from refimpl.models.flash_quad import Config, layer_shapes
 from torchimpl import check
+from torchimpl.dropout import Dropout
 from torchimpl.models import _encoder
 from torchimpl.ops import attention, attention_kernel, gau, norm, rope
 
@@ -34,8 +35,8 @@ class Layer(nn.Module):
     def __init__(self, config: Config, hidden_dropout: float, attention_dropout: float) -> None:
         super().__init__()
         _encoder.add_parameters(self, layer_shapes(config))
-        self.hidden_dropout = nn.Dropout(hidden_dropout)
-        self.attention_dropout = nn.Dropout(attention_dropout)
+        self.hidden_dropout = Dropout(hidden_dropout)
+        self.attention_dropout = Dropout(attention_dropout)
         self.config = config
 
     def forward(

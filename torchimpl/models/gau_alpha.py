@@ -12,6 +12,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from refimpl.models.gau_alpha import Config, layer_shapes
+from torchimpl.dropout import Dropout
 from torchimpl.models import _encoder
 from torchimpl.ops import attention, gau, norm, rope
 from torchimpl.ops.attention_kernel import softmax_plus
@@ -23,8 +24,8 @@ class Layer(nn.Module):
     def __init__(self, config: Config, hidden_dropout: float, attention_dropout: float) -> None:
         super().__init__()
         _encoder.add_parameters(self, layer_shapes(config))
-        self.hidden_dropout = nn.Dropout(hidden_dropout)
-        self.attention_dropout = nn.Dropout(attention_dropout)
+        self.hidden_dropout = Dropout(hidden_dropout)
+        self.attention_dropout = Dropout(attention_dropout)
         self.n_min, self.epsilon = config.n_min, config.epsilon
 
     def forward(

@@ -13,6 +13,7 @@ from torch.nn import functional
 
 from refimpl.models import _encoder as specification
 from refimpl.models.roformer import Config, layer_shapes, shapes
+from torchimpl.dropout import Dropout
 from torchimpl.models import _encoder
 
 
@@ -23,7 +24,7 @@ class Embedding(nn.Module):
         super().__init__()
         _encoder.add_parameters(self, specification.table_shapes(config), "embedding.")
         self.norm = _encoder.LayerNorm(config.embedding_size, config.epsilon)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         mapped = config.embedding_size != config.hidden_size
         self.mapping = _encoder.Mapping(shapes(config)) if mapped else nn.Identity()
 
@@ -42,7 +43,7 @@ class Layer(nn.Module):
         self.attention_norm = _encoder.LayerNorm(config.hidden_size, config.epsilon)
         self.feed_forward = _encoder.FeedForward(config, layer_shapes(config))
         self.feed_forward_norm = _encoder.LayerNorm(config.hidden_size, config.epsilon)
-        self.dropout = nn.Dropout(hidden_dropout)
+        self.dropout = Dropout(hidden_dropout)
 
     def forward(
         self,

@@ -15,6 +15,7 @@ from torch.nn import functional
 
 from refimpl.models import _encoder as specification
 from refimpl.models.roformer_v2 import Config, layer_shapes, shapes
+from torchimpl.dropout import Dropout
 from torchimpl.models import _encoder
 from torchimpl.ops import norm
 
@@ -25,7 +26,7 @@ class Embedding(nn.Module):
     def __init__(self, config: Config, dropout: float) -> None:
         super().__init__()
         _encoder.add_parameters(self, specification.table_shapes(config), "embedding.")
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         mapped = config.embedding_size != config.hidden_size
         self.mapping = _encoder.Mapping(shapes(config)) if mapped else nn.Identity()
         self.epsilon = config.epsilon
@@ -43,7 +44,7 @@ class Layer(nn.Module):
         super().__init__()
         self.attention = _encoder.SelfAttention(config, layer_shapes(config), attention_dropout)
         self.feed_forward = _encoder.FeedForward(config, layer_shapes(config))
-        self.dropout = nn.Dropout(hidden_dropout)
+        self.dropout = Dropout(hidden_dropout)
         self.epsilon = config.epsilon
 
     def forward(
