@@ -122,7 +122,10 @@ def same_document(segments: Int[Tensor, "..."]) -> Documents:
     Raises: ShapeError unless segments are (..., G, c); DomainError unless they are integers.
     """
     segments = _chunked_ids("mixed_chunk_attention.same_document", segments)
-    member = segments[..., None] == torch.unique(segments)
+    ids = torch.unique(segments) if segments.numel() > 0 else segments.new_zeros(1)
+    # What a compiled graph cannot see, and Inductor asks of what a product contracts.
+    torch._check(ids.shape[0] >= 1)
+    member = segments[..., None] == ids
     shape = (*segments.shape[:-1], segments.shape[-2])
     return Documents(member, torch.ones(shape, dtype=torch.bool, device=segments.device))
 
@@ -249,6 +252,9 @@ def step(
     rule = _Rule(chunk, scale, kernel, normaliser, None)
     new = _checked(op, (q_quad, k_quad, q_lin, k_lin, v), key_mask, None, bias, rule)
     state = _checked_state(op, state, new, chunk)
+    if new.v.shape[-2] == 0:
+        # Inductor ends in a ValueRangeError where it indexes into no rows.
+        return new.v.clone(), state
     room = min(new.v.shape[-2], chunk - state.v.shape[-2])
     early, late = new.cut(0, room), new.cut(room, None)
     out = _open_chunk(early, rule, state, late.v.shape[-2])
@@ -424,7 +430,7 @@ def _mix(given: _Given, rule: _Rule, diagonal: int | None, past: State | None = 
         token = torch.arange(g * c, device=device).clamp(max=n - 1)
         member, reads = rule.documents(given.segments[..., token].reshape(*v.shape[:-1]))
         reads = reads & earlier
-        own = member.to(k_quad.dtype) @ member.to(k_quad.dtype).mT > 0
+        own = _in_one_document(member, k_quad.dtype)
         mask = own if mask is None else mask & own
         # One block of s features per document: a document's sum meets only the queries of its own members.
         counted = member if valid is None else member & valid[..., None]
@@ -543,6 +549,14 @@ def _prefix(sums: Tensor, past: State | None) -> Tensor:
         return S if past is None else S + past.summary[..., None, :, :]
     first = torch.zeros_like(sums[..., :1, :, :]) if past is None else past.summary[..., None, :, :]
     return torch.cat([first, sums[..., :-1, :, :]], dim=-3).cumsum_(dim=-3)
+
+
+def _in_one_document(member: Tensor, dtype: torch.dtype) -> Tensor:
+    """Per chunk, (*b, G, c, c): whether two of its tokens share a document."""
+    if torch.compiler.is_compiling():
+        # Inductor asks of a product's operand how many documents there are; this it fuses, without the pairs in memory.
+        return (member[..., :, None, :] & member[..., None, :, :]).any(dim=-1)
+    return member.to(dtype) @ member.to(dtype).mT > 0
 
 
 def _summed(member: Tensor, reads: Tensor, counts: Tensor) -> Tensor:

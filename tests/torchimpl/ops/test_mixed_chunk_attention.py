@@ -284,6 +284,31 @@ def test_compiled_equals_eager():
     torch.testing.assert_close(torch.compile(run, fullgraph=True)(*heads), run(*heads), rtol=1e-5, atol=1e-5)
 
 
+def test_compiled_with_packed_documents():
+    rule = {"chunk": 4, "scale": 0.5, "kernel": SQUARED_RELU, "normaliser": mca.su, "documents": mca.same_document}
+    heads = draw(9, 2, 11, dtype=torch.float32)
+    ids = torch.tensor([[0, 0, 0, 0, 0, 1, 1, 1, 2, 2, 2], [4, 4, 4, 4, 4, 4, 4, 4, 4, 4, 5]])
+    run = functools.partial(mca.causal, **rule)
+    # As many columns as there are documents: a size that only the numbers tell.
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        made = torch.compile(run, fullgraph=True)(*heads, None, ids)
+    torch.testing.assert_close(made, run(*heads, None, ids), rtol=1e-5, atol=1e-5)
+
+
+def test_a_step_without_tokens_compiled():
+    rule = {"chunk": 4, "scale": 0.5, "kernel": SQUARED_RELU, "normaliser": mca.su}
+    heads, none = (draw(9, 2, n, dtype=torch.float32) for n in (5, 0))
+    _, state = mca.step(mca.initial_state(batch=(2,), s=3, e=5), *heads, **rule)
+    made, later = torch.compile(functools.partial(mca.step, **rule), fullgraph=True)(state, *none)
+    assert made.shape == (2, 0, 5)
+    assert all(torch.equal(torch.as_tensor(a), torch.as_tensor(b)) for a, b in zip(later, state, strict=True))
+
+
+def test_no_tokens_belong_to_no_document():
+    member, reads = mca.same_document(torch.zeros(2, 0, 4, dtype=torch.int64))
+    assert (member.shape[:3], reads.shape) == ((2, 0, 4), (2, 0, 0))
+
+
 def error(kind, text, function, *arguments, **options):
     with pytest.raises(kind, match=text):
         function(*arguments, **options)
