@@ -79,6 +79,18 @@ def test_only_what_is_asked_for_is_formed(calls):
     close(w.grad, x.detach().sum(dim=0)[:, None].expand(24, 40))
 
 
+@pytest.mark.parametrize("biased", [True, False])
+def test_the_gradient_of_an_embedding_that_is_also_the_last_layer_has_its_layout(calls, biased):
+    embedding, (x, _, b) = torch.randn(40, 24, requires_grad=True), given(3, 5)
+    layer = (x, embedding.T, b if biased else None)
+    (found,) = torch.autograd.grad(dense.linear(*layer).tanh().sum(), embedding)
+    (expected,) = torch.autograd.grad(plain(*layer).tanh().sum(), embedding)
+    close(found, expected)
+    # Otherwise it is copied when the gradient of the lookup is added to it.
+    assert found.is_contiguous()
+    assert calls == [(24, 40), (40, 24)]
+
+
 def test_second_derivatives(calls):
     def twice(layer):
         x, w, b = given(3, 5)

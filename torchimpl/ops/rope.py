@@ -191,8 +191,9 @@ def permute_projection(
     operation = "rope.permute_projection"
     check.real(operation, "weight", weight)
     check.domain(operation, heads >= 1, "heads >= 1", heads=heads)
-    divided = weight.ndim >= 1 and weight.shape[-1] % heads == 0
-    check.shape(operation, divided, f"features in {heads} equal heads", weight=weight)
+    # Here and below: Dynamo puts no number into a text that it takes for open.
+    if weight.ndim < 1 or weight.shape[-1] % heads != 0:
+        check.shape(operation, False, f"features in {heads} equal heads", weight=weight)
     split = weight.unflatten(-1, (heads, weight.shape[-1] // heads))
     return _head_permuted(split, _order(operation, order, split.shape[-1])).flatten(-2)
 
@@ -216,9 +217,11 @@ def permute_gau(
     for name, array in (("w_in", w_in), ("b_in", b_in), ("gamma", gamma), ("beta", beta)):
         if array is not None:
             check.real(operation, name, array)
-    check.shape(operation, gamma.shape[-1:] == (s,), f"gamma with {s} features", gamma=gamma)
+    if gamma.shape[-1:] != (s,):
+        check.shape(operation, False, f"gamma with {s} features", gamma=gamma)
     columns = w_in.shape[-1] - s if w_in.ndim else -1
-    check.shape(operation, columns >= 0, f"w_in with at least {s} features", w_in=w_in)
+    if columns < 0:
+        check.shape(operation, False, f"w_in with at least {s} features", w_in=w_in)
     for name, bias, weight in (("b_in", b_in, w_in.shape[-1:]), ("beta", beta, gamma.shape)):
         fits = bias is None or bias.shape == weight
         check.shape(operation, fits, f"{name} of shape {tuple(weight)}", received=bias)
@@ -281,8 +284,8 @@ def _order(operation: str, order: Tensor | Sequence[int], width: int) -> Tensor:
         index = index[: len(order)]
         is_permutation = index.ndim == 1 and sorted(order) == list(range(len(order)))
         check.domain(operation, is_permutation, f"a permutation of 0 ... {len(order) - 1}", order=list(order))
-    fits = index.ndim == 1 and index.shape[0] <= width
-    check.shape(operation, fits, f"an order of at most {width} indices", order=index)
+    if index.ndim != 1 or index.shape[0] > width:
+        check.shape(operation, False, f"an order of at most {width} indices", order=index)
     return index
 
 
