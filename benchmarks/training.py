@@ -1,7 +1,7 @@
 """Claims about training speed: against Hugging Face's RoFormer and FLASH-pytorch, and of our models among each other.
 
-    python benchmarks/training.py                      # everything; half an hour on two cores
-    python benchmarks/training.py --part peers         # peers, flash, growth, v2, gau
+    python benchmarks/training.py                      # everything; over half an hour on two cores
+    python benchmarks/training.py --part peers         # one of PARTS, again for more
     python benchmarks/training.py --quick              # small sizes, to see that it runs
 
 A step is a forward pass with a loss at 15 % of the tokens, as masked language models have it, a backward pass, and
@@ -9,16 +9,22 @@ AdamW. On a processor freed memory stays with the process, as in `refimpl train`
 step each in a round; a ratio is the median over rounds of the ratio of one round. Peak memory is what a fresh process
 adds to the built model by two steps. On a CUDA device every part also runs in bfloat16 autocast and compiled. What
 comes out is also written to out/training.csv, and drawn in out/training.svg.
+
+Three parts are about a processor and are left out elsewhere: memory takes steps in turn in processes that keep what is
+freed, give it back, or ask for huge pages; dropout has torch's layer and ours in turn; profile tells what kinds of
+operations a step consists of.
 """
 
 import argparse
 import csv
+import os
+import resource
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,8 +37,10 @@ from torch.nn import functional
 from refimpl.model import Model as Specification
 from refimpl.models import _heads, flash, gau_alpha, roformer, roformer_v2
 from torchimpl import memory
+from torchimpl.dropout import Dropout
 from torchimpl.model import Model
 
+PARTS = ("peers", "flash", "compiled", "growth", "v2", "gau", "memory", "dropout", "profile")
 VOCAB = 12000
 # Of the tokens are to be told.
 SHARE = 0.15
@@ -169,7 +177,9 @@ def high_water() -> int:
 
 
 def peak(variant: Variant, batch: int, length: int) -> int:
-    """MiB that two steps add to the built model, in a process of their own."""
+    """MiB that two steps add to the built model, in a process of their own; -1 where a compiler is in it."""
+    if variant.compiled and DEVICE == "cpu":
+        return -1
     told = [variant.name, str(variant.dropout), str(int(variant.compiled)), str(int(variant.half))]
     call = [sys.executable, __file__, "--peak", *told, str(batch), str(length)]
     done = subprocess.run(call, capture_output=True, text=True, check=True)
@@ -188,8 +198,8 @@ def print_peak(told: Sequence[str]) -> None:
 def compared(part: str, first: Variant, second: Variant, batch: int, length: int, rounds: int) -> Row:
     """The speed of `first` as a multiple of the speed of `second`."""
     pair = [Trained(variant, batch, length) for variant in (first, second)]
-    for trained in pair:
-        # Compiles and warms up.
+    # Compiles, once more where a model had to fill a table first, and warms up.
+    for trained in (*pair, *pair):
         trained.seconds()
     turns = [[trained.seconds() for trained in pair] for _ in range(rounds)]
     low, middle, high = statistics.quantiles([b / a for a, b in turns], n=4)
@@ -209,6 +219,10 @@ def comparisons(quick: bool) -> Iterator[tuple[str, Variant, Variant, int, int, 
         length = 512 if quick else 4096
         mixed, peer = Variant("FLASH", 0.0, **kind), Variant("FLASH-pytorch", 0.0, **kind)
         yield "flash", mixed, peer, 1, length, 3 if quick else 7
+        if DEVICE == "cpu":
+            fast = mixed._replace(compiled=True)
+            for other in (peer._replace(compiled=True), peer):
+                yield "compiled", fast, other, 1, length, 3 if quick else 7
         for length in (512,) if quick else (2048, 4096, 8192):
             yield "growth", mixed, mixed, 1, length, 3 if quick else 5
         first, second, third = (Variant(name, 0.0, **kind) for name in ("RoFormer", "RoFormerV2", "GAU-α"))
@@ -230,8 +244,121 @@ def grown(variant: Variant, length: int, rounds: int) -> Row:
     return Row("growth", variant.label, f"{variant.label}, twice", 1, length, *speeds, middle, low, high, *memory)
 
 
+# How a process of the part memory comes by its memory, and what its environment says of that.
+WAYS: dict[str, dict[str, str]] = {"kept": {}, "given back": {}, "in huge pages": {"THP_MEM_ALLOC_ENABLE": "1"}}
+
+
+def take_steps(told: Sequence[str]) -> None:
+    """A step for every line that comes in; its seconds and page faults go out, and the most MiB that were resident."""
+    way, length = told
+    if way == "kept" and not memory.keep_freed():
+        raise SystemExit("training: malloc is tuned already, or not glibc's: there is nothing to compare")
+    trained = Trained(Variant("FLASH", 0.0), 1, int(length))
+    # The heap has grown to what a step needs only when blocks of all sizes have been freed and taken anew.
+    for _ in range(2):
+        trained.step()
+    for _ in sys.stdin:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        seconds = trained.seconds()
+        faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+        print(seconds, faults, high_water() // 2**20, flush=True)
+
+
+def kept_memory(quick: bool) -> Iterator[str]:
+    for length in (512,) if quick else (4096, 16384):
+        with ExitStack() as stack:
+            processes = [stack.enter_context(_stepping(way, length)) for way in WAYS]
+            turns = [[_asked(process) for process in processes] for _ in range(3 if quick else 7)]
+        cells = []
+        for number, way in enumerate(WAYS):
+            seconds, faults, mib = (statistics.median(turn[number][i] for turn in turns) for i in range(3))
+            low, middle, high = statistics.quantiles([turn[number][0] / turn[0][0] for turn in turns], n=4)
+            ratio = f"{middle:.2f} ({low:.2f} to {high:.2f}) times that, " if number else ""
+            cells.append(f"{way} {seconds:.2f} s, {ratio}{faults:,.0f} page faults a step, {mib:.0f} MiB")
+        yield f"memory  FLASH b 1, n {length}: freed memory " + "; ".join(cells)
+
+
+def _stepping(way: str, length: int) -> "subprocess.Popen[str]":
+    call, pipe = [sys.executable, __file__, "--steps", way, str(length)], subprocess.PIPE
+    return subprocess.Popen(call, stdin=pipe, stdout=pipe, text=True, env={**os.environ, **WAYS[way]})
+
+
+def _asked(process: "subprocess.Popen[str]") -> list[float]:
+    print(file=process.stdin, flush=True)
+    return [float(number) for number in process.stdout.readline().split()]
+
+
+def dropouts(quick: bool) -> Iterator[str]:
+    calls = 3 if quick else 30
+    for shape in ((64, 384),) if quick else ((1024, 384), (96, 128, 128), (4096, 1024)):
+        x, layers = torch.randn(shape), (nn.Dropout(0.1), Dropout(0.1))
+        turns = [[_spent(layer, x, calls) for layer in layers] for _ in range(15)]
+        theirs, ours = (1e3 * statistics.median(column) for column in zip(*turns, strict=True))
+        low, middle, high = statistics.quantiles([a / b for a, b in turns], n=4)
+        size = " x ".join(map(str, shape))
+        yield (
+            f"dropout {size}: torch {theirs:.3f} ms, ours {ours:.3f} ms; torch / ours "
+            f"{middle:.2f} ({low:.2f} to {high:.2f})"
+        )
+
+
+def _spent(layer: nn.Module, x: Tensor, calls: int) -> float:
+    begun = time.perf_counter()
+    for _ in range(calls):
+        layer(x)
+    return (time.perf_counter() - begun) / calls
+
+
+# Operators by what they do; the first that has a name counts.
+KINDS = {
+    "dense layers and their gradients, oneDNN": ("mkldnn::_linear_pointwise",),
+    "the same by torch.mm": ("aten::mm", "aten::addmm"),
+    "batched products": ("aten::bmm", "aten::baddbmm"),
+    "random numbers": ("aten::random_", "aten::bernoulli_"),
+    "copies": ("aten::copy_", "aten::cat", "aten::fill_"),
+    "sums and norms": ("aten::sum", "aten::mean", "aten::native_layer_norm", "aten::native_layer_norm_backward"),
+}
+OPTIMISER, REST = "AdamW", "elementwise passes and all else"
+
+
+def kind(event: Any) -> str:
+    """What an event of the profiler belongs to: all that AdamW does is AdamW's."""
+    above = event
+    while above is not None:
+        if above.name.startswith("Optimizer.step"):
+            return OPTIMISER
+        above = above.cpu_parent
+    return next((kind for kind, names in KINDS.items() if event.name in names), REST)
+
+
+def profiles(quick: bool) -> Iterator[str]:
+    """Shares of the time that operators spend themselves, in %."""
+    short, long = (0.1, 8, 128), (0.0, 1, 512 if quick else 4096)
+    sizes = {"RoFormer": short, "GAU-α": short, "FLASH": long, "FLASH-pytorch": long}
+    shares = []
+    for name, (dropout, batch, length) in sizes.items():
+        trained = Trained(Variant(name, dropout), batch, length)
+        trained.step()
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+            for _ in range(1 if quick else 5):
+                trained.step()
+        spent = dict.fromkeys((*KINDS, OPTIMISER, REST), 0.0)
+        for event in profiler.events():
+            spent[kind(event)] += event.self_cpu_time_total
+        shares.append({name: 100 * part / sum(spent.values()) for name, part in spent.items()})
+    heads = [f"{name} {batch} x {length}" for name, (_, batch, length) in sizes.items()]
+    yield f"{'profile: % of the time in operators':42}" + "".join(f"{head:>25}" for head in heads)
+    for name in shares[0]:
+        yield f"  {name:40}" + "".join(f"{share[name]:25.1f}" for share in shares)
+
+
+ON_A_PROCESSOR: dict[str, Callable[[bool], Iterator[str]]] = {
+    "memory": kept_memory, "dropout": dropouts, "profile": profiles,
+}  # fmt: skip
+
+
 def told(row: Row) -> str:
-    memory = f"peak memory {row.first_mib} and {row.second_mib} MiB"
+    memory = "memory not measured" if row.first_mib < 0 else f"peak memory {row.first_mib} and {row.second_mib} MiB"
     if row.part == "growth":
         memory += f", {row.second_mib / max(row.first_mib, 1):.2f} times"
         return (
@@ -271,18 +398,23 @@ def draw(rows: Sequence[Row], file: Path) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--part", action="append", help="peers, flash, growth, v2, gau; again for more")
+    parser.add_argument("--part", action="append", choices=PARTS, help="again for more; all of them if not given")
     parser.add_argument("--quick", action="store_true", help="small sizes and few rounds")
     parser.add_argument("--peak", nargs=6, help=argparse.SUPPRESS)
+    parser.add_argument("--steps", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.steps:
+        take_steps(options.steps)
+        return 0
     # As `refimpl train` does; it serves all that is compared.
     memory.keep_freed()
     if options.peak:
         print_peak(options.peak)
         return 0
-    chosen = [job for job in comparisons(options.quick) if not options.part or job[0] in options.part]
+    parts = options.part or PARTS
+    chosen = [job for job in comparisons(options.quick) if job[0] in parts]
     print(f"float32 unless said, {DEVICE}, {torch.get_num_threads()} threads; speed of the first over the second")
-    for name in MODELS:
+    for name in MODELS if chosen else ():
         print(f"  {name}: {sum(p.numel() for p in MODELS[name](0.0).parameters()):,} parameters")
     rows = []
     for part, first, second, batch, length, rounds in track(chosen, console=Console(stderr=True), transient=True):
@@ -290,13 +422,18 @@ def main() -> int:
         row = grown(first, length, rounds) if growth else compared(part, first, second, batch, length, rounds)
         rows.append(row)
         print(told(row), flush=True)
+    for part, lines in ON_A_PROCESSOR.items():
+        if part in parts and DEVICE == "cpu":
+            for line in lines(options.quick):
+                print(line, flush=True)
     out = Path("out")
     out.mkdir(exist_ok=True)
-    with (out / "training.csv").open("w", newline="") as file:
-        csv.writer(file).writerows([Row._fields, *rows])
+    if rows:
+        with (out / "training.csv").open("w", newline="") as file:
+            csv.writer(file).writerows([Row._fields, *rows])
     if any(row.part in ("gau", "v2") for row in rows):
         draw(rows, out / "training.svg")
-    least = {"peers": 1.2, "flash": 1.3}
+    least = {"peers": 1.2, "flash": 1.3, "compiled": 1.3}
     missed = [row for row in rows if row.ratio < least.get(row.part, 0)]
     missed += [r for r in rows if r.part == "growth" and max(r.ratio, r.second_mib / max(r.first_mib, 1)) > 2.2]
     print("missed: " + ("; ".join(f"{row.part} n {row.length} {row.first}" for row in missed) or "none"))

@@ -8,8 +8,9 @@ and so on. Started with `torchrun --nproc-per-node=P`, gloo carries the sums bet
 """
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from datetime import timedelta
 from typing import Any, NamedTuple
 
 import torch
@@ -67,6 +68,28 @@ def joined(device: str) -> Iterator[torch.device]:
         distributed.barrier()
     finally:
         distributed.destroy_process_group()
+
+
+def once(tell: Callable[[], None], patience: float = 10.0) -> None:
+    """Tell what all processes may have met alike: the first does, and all leave when all have met it.
+
+    One that waits `patience` seconds for the first in vain tells it itself: it alone has met it. No group is needed.
+    """
+    rank, processes = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    if rank == 0:
+        tell()
+    if processes == 1:
+        return
+    # torchrun ends all processes as soon as one has ended: who is quiet must not be the first to go.
+    others = range(1, processes) if rank == 0 else range(1)
+    try:
+        limit = timedelta(seconds=patience)
+        store, *_ = next(distributed.rendezvous("env://", timeout=limit))
+        store.set(f"refimpl/met/{rank}", "")
+        store.wait([f"refimpl/met/{other}" for other in others], limit)
+    except (RuntimeError, ValueError):
+        if rank:
+            tell()
 
 
 def spread(model: nn.Module, parallel: str, device: torch.device) -> nn.Module:

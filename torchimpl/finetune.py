@@ -1,5 +1,6 @@
 """Fine-tuning: classes of texts, or of pairs of texts, from the files that people have them in."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,15 +32,18 @@ def read(
     length: int = 512,
     share: float = 0.1,
     seed: int = 0,
+    told: Callable[[str], None] = lambda line: None,
 ) -> Data:
     """The examples of a .npz (token_ids, labels and, if need be, segment_ids, mask), or texts as in `text.rows`.
 
     Without a file for validation, `share` of the examples are held out, drawn by the seed. Classes are in the order of
     their names, numbers in that of their size.
+
+    told: receives a line about every file of which texts were cut to `length`.
     Raises: TrainError for arrays of other shapes or dtypes, texts without a tokenizer, a class of the validation that
         is not learnt, fewer than two classes, and too few examples to hold one out.
     """
-    parts = [_read(part, tokenizer, length) for part in (file, validation) if part is not None]
+    parts = [_read(part, tokenizer, length, told) for part in (file, validation) if part is not None]
     classes = _classes([labels for _, labels in parts])
     numbers = {name: index for index, name in enumerate(classes)}
     held = [examples._replace(labels=torch.tensor([numbers[n] for n in names])) for examples, names in parts]
@@ -53,14 +57,19 @@ def read(
     return Data(held[0].take(drawn[left:].sort().values), held[0].take(drawn[:left].sort().values), classes)
 
 
-def _read(file: Path, tokenizer: AnyTokenizer | None, length: int) -> tuple[Labelled, list[str]]:
+def _read(
+    file: Path, tokenizer: AnyTokenizer | None, length: int, told: Callable[[str], None]
+) -> tuple[Labelled, list[str]]:
     """Examples whose labels are yet to be numbered, and these by name."""
     if file.suffix == ".npz":
         return _arrays(text.arrays(file, ("token_ids", "labels"), ARRAYS), file)
     rows = text.rows(file)
     if tokenizer is None:
         raise TrainError(f"train: {file} holds texts, for which a tokenizer is needed: tokenizer.json or vocab.txt")
-    ids, segments, mask = (torch.from_numpy(part) for part in text.encoded(rows, tokenizer, length))
+    *arrays, lengths = text.encoded(rows, tokenizer, length)
+    if line := text.cut(lengths, length):
+        told(f"{file}: {line}")
+    ids, segments, mask = map(torch.from_numpy, arrays)
     return Labelled(ids, torch.zeros(len(rows), dtype=torch.int64), segments, mask), [row.label for row in rows]
 
 

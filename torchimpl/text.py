@@ -36,6 +36,15 @@ class Row(NamedTuple):
     label: str
 
 
+class Encoded(NamedTuple):
+    """Token ids, segment ids and mask (n, width) of texts, and how many tokens each has that is not cut."""
+
+    token_ids: np.ndarray
+    segment_ids: np.ndarray
+    mask: np.ndarray
+    lengths: tuple[int, ...]
+
+
 def segmenter(name: str) -> Segmenter | None:
     """A segmenter by name: None for wordpiece (a token that begins with ## goes on with the word before it), jieba
     where that is installed, or module:function.
@@ -102,8 +111,8 @@ def windows(
     return made, mask, belongs
 
 
-def encoded(rows: Sequence[Row], tokenizer: AnyTokenizer, length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Token ids, segment ids and mask (n, width): [CLS] text [SEP], or [CLS] text [SEP] pair [SEP].
+def encoded(rows: Sequence[Row], tokenizer: AnyTokenizer, length: int) -> Encoded:
+    """The texts as [CLS] text [SEP], or [CLS] text [SEP] pair [SEP].
 
     width is that of the longest, `length` at most. What is too long loses tokens at the end of its longer part.
     Raises: TrainError for a length below 5, and for a tokenizer without [PAD].
@@ -112,13 +121,25 @@ def encoded(rows: Sequence[Row], tokenizer: AnyTokenizer, length: int) -> tuple[
         raise TrainError(f"train: expected a length of 5 or more, [CLS] and [SEP] included, received {length}")
     padding = special(tokenizer, PAD)
     texts = [row.text if row.pair is None else (row.text, row.pair) for row in rows]
-    made = [(one.token_ids, one.segment_ids) for one in tokenizer.encode_batch(texts, max_length=length)]
+    made = [(one.token_ids, one.segment_ids) for one in tokenizer.encode_batch(texts)]
+    lengths = tuple(len(ids) for ids, _ in made)
+    long = [index for index, whole in enumerate(lengths) if whole > length]
+    for index, one in zip(long, tokenizer.encode_batch([texts[i] for i in long], max_length=length), strict=True):
+        made[index] = one.token_ids, one.segment_ids
     width = max(len(ids) for ids, _ in made)
     token_ids = np.full((len(made), width), padding, np.int64)
     segment_ids, mask = np.zeros_like(token_ids), np.zeros(token_ids.shape, np.bool_)
     for index, (ids, segments) in enumerate(made):
         token_ids[index, : len(ids)], segment_ids[index, : len(ids)], mask[index, : len(ids)] = ids, segments, True
-    return token_ids, segment_ids, mask
+    return Encoded(token_ids, segment_ids, mask, lengths)
+
+
+def cut(lengths: Sequence[int], length: int) -> str:
+    """How many texts of these lengths are cut to `length`, and the longest of them, in words; "" where none is."""
+    many = sum(whole > length for whole in lengths)
+    if not many:
+        return ""
+    return f"{many:,} of {len(lengths):,} texts cut to --length {length}, the longest from {max(lengths):,} tokens"
 
 
 def special(tokenizer: AnyTokenizer, token: str) -> int:

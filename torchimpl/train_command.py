@@ -1,6 +1,8 @@
 """The sub-command of training: train."""
 
 import contextlib
+import os
+import signal
 import time
 from collections.abc import Callable, Iterator
 from enum import StrEnum
@@ -126,7 +128,7 @@ def train(
 def _train(given: dict[str, Any]) -> None:
     # Loading all of this takes seconds, in which Ctrl-C is heard as well.
     from refimpl.check import SpecError
-    from torchimpl import memory, training
+    from torchimpl import distributed, memory, training
     from torchimpl.checkpoint import CheckpointError
     from torchimpl.lora import LoraError
     from torchimpl.run import TrainError
@@ -138,7 +140,11 @@ def _train(given: dict[str, Any]) -> None:
         with _shown() as (told, progress):
             fitted = training.run(request, told, progress)
     except (TrainError, CheckpointError, LoraError, SpecError, OSError) as error:
-        errors.print(f"[red]refimpl:[/red] {escape(str(error))}", soft_wrap=True)
+        words = f"[red]refimpl:[/red] {escape(str(error))}"
+        distributed.once(lambda: errors.print(words, soft_wrap=True))
+        if os.environ.get("WORLD_SIZE", "1") != "1":
+            # Whoever ends first has torchrun end the others, who are about to end with the same status.
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
         raise typer.Exit(2) from None
     except KeyboardInterrupt:
         if _first():
@@ -219,6 +225,4 @@ def _conclude(request: "Request", fitted: "Fitted") -> None:
 
 
 def _first() -> bool:
-    import os
-
     return os.environ.get("RANK", "0") == "0"

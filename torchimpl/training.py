@@ -50,7 +50,8 @@ LORA_TARGETS = {
     "flash": ("w_in", "w_out"), "flash_quad": ("w_in", "w_out"),
 }  # fmt: skip
 CORPUS_ARRAYS = ("token_ids", "mask", "words")
-
+# Who is given lines for people.
+Told = Callable[[str], None]
 
 # What other tasks have no use for is refused, not ignored.
 _OF_TASKS = {"pooling": ("finetune",), "mask_id": ("mlm",), "segmenter": ("mlm", "causal")}
@@ -123,19 +124,20 @@ def recipe(task: str, file: Path | None, changes: Mapping[str, Any]) -> train.Tr
 
 def run(
     request: Request,
-    told: Callable[[str], None] = lambda line: None,
+    told: Told = lambda line: None,
     progress: Callable[[train.Progress], None] | None = None,
 ) -> train.Fitted:
     """Train what the request asks for, or go on with it, and leave the best weights as a model folder.
 
-    told: receives lines about what is trained and about every evaluation. Every process of torchrun calls this alike.
+    told: receives lines about texts that were cut, what is trained and every evaluation. Every process of torchrun
+        calls this alike.
     Raises: TrainError, CheckpointError, DomainError and LoraError, each in words for a person.
     """
     with distributed.joined(request.device) as device:
         source = starting.read(request.model)
         words = vocabulary.find(request.tokenizer, request.model, request.cased)
         tokenizer = words.tokenizer() if words is not None and _reads(request) else None
-        model, task, classes = _PREPARED[request.task](request, source, tokenizer)
+        model, task, classes = _PREPARED[request.task](request, source, tokenizer, told)
         module = starting.start(source, model, seed=request.recipe.seed, dropout=request.dropout)
         if request.lora_rank:
             _adapt(request, module)
@@ -160,7 +162,7 @@ def figures(epoch: Epoch) -> str:
 class _Told:
     """A log of the evaluations, for who sits before it."""
 
-    def __init__(self, told: Callable[[str], None], total: int) -> None:
+    def __init__(self, told: Told, total: int) -> None:
         self.told, self.total = told, total
 
     def begin(self, steps: Sequence[Step], epochs: Sequence[Epoch]) -> None:
@@ -196,10 +198,10 @@ def _reads(request: Request) -> bool:
     return any(file.suffix != ".npz" for file in files) or (request.task == "mlm" and request.mask_id is None)
 
 
-def _finetune(request: Request, source: starting.Source, tokenizer: AnyTokenizer | None) -> Any:
-    share, seed = request.hold_out, request.recipe.seed
+def _finetune(request: Request, source: starting.Source, tokenizer: AnyTokenizer | None, told: Told) -> Any:
+    share, seed, length = request.hold_out, request.recipe.seed, request.length
     data = finetune.read(
-        request.data, request.validation, tokenizer=tokenizer, length=request.length, share=share, seed=seed
+        request.data, request.validation, tokenizer=tokenizer, length=length, share=share, seed=seed, told=told
     )
     sizes = source.model.config
     for name, size in (("token_ids", sizes.vocab_size), ("segment_ids", sizes.segments)):
@@ -210,7 +212,7 @@ def _finetune(request: Request, source: starting.Source, tokenizer: AnyTokenizer
     return model, dataclasses.replace(task, origin=origin), data.classes
 
 
-def _mlm(request: Request, source: starting.Source, tokenizer: AnyTokenizer | None) -> Any:
+def _mlm(request: Request, source: starting.Source, tokenizer: AnyTokenizer | None, told: Told) -> Any:
     learnt, judged = _corpora(request, tokenizer)
     _check_ids(request.data, "token_ids", (learnt.token_ids, judged.token_ids), source.model.config.vocab_size)
     rule = pretrain.Masking(_mask_id(request, tokenizer), source.model.config.vocab_size)
@@ -219,14 +221,15 @@ def _mlm(request: Request, source: starting.Source, tokenizer: AnyTokenizer | No
     return starting.language_model(source.model, "bidirectional"), dataclasses.replace(task, origin=origin), ()
 
 
-def _causal(request: Request, source: starting.Source, tokenizer: AnyTokenizer | None) -> Any:
+def _causal(request: Request, source: starting.Source, tokenizer: AnyTokenizer | None, told: Told) -> Any:
     learnt, judged = _corpora(request, tokenizer)
     _check_ids(request.data, "token_ids", (learnt.token_ids, judged.token_ids), source.model.config.vocab_size)
     task = dataclasses.replace(pretrain.causal_lm(learnt, judged), origin={"data": _hash([*learnt, *judged])})
     return starting.language_model(source.model, "causal"), task, ()
 
 
-_PREPARED: Mapping[str, Callable[[Request, starting.Source, AnyTokenizer | None], Any]] = {
+# A corpus is cut into windows, of which none is lost: there `told` has nothing to receive.
+_PREPARED: Mapping[str, Callable[[Request, starting.Source, AnyTokenizer | None, Told], Any]] = {
     "finetune": _finetune, "mlm": _mlm, "causal": _causal,
 }  # fmt: skip
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from dataclasses import replace
@@ -12,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from refimpl import model as specification
 from refimpl.check import DomainError
 from tests.torchimpl import processes
 from torchimpl import distributed
@@ -26,11 +28,17 @@ PATIENCE = 150
 def two(tmp_path_factory):
     """The folder of what two processes learnt, all runs after each other: starting them takes most of the time."""
     folder = tmp_path_factory.mktemp("two")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    status, told = launched(folder / "told", str(Path(processes.__file__)), str(folder))
+    assert status == 0, told[-3000:]
+    return folder
+
+
+def launched(told, *words):
+    """The exit status of two processes of torchrun, and what both and torchrun say."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *words]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    file = str(Path(processes.__file__))
-    with (folder / "told").open("w") as told:
-        started = subprocess.Popen([*command, file, str(folder)], cwd=ROOT, env=environment, stdout=told, stderr=told)
+    with told.open("w") as file:
+        started = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=file, stderr=file)
         try:
             status = started.wait(timeout=PATIENCE)
         except subprocess.TimeoutExpired:
@@ -38,8 +46,7 @@ def two(tmp_path_factory):
             started.terminate()
             started.wait()
             status = "no end"
-    assert status == 0, (folder / "told").read_text()[-3000:]
-    return folder
+    return status, told.read_text()
 
 
 @pytest.mark.parametrize("name", processes.RUNS)
@@ -85,3 +92,38 @@ def test_devices_and_ways_that_are_unknown_are_refused():
         pass
     with pytest.raises(DomainError, match="one of .*received parallel='zero'"):
         distributed.spread(processes.module(), "zero", torch.device("cpu"))
+
+
+def test_two_processes_tell_what_they_read_and_what_is_wrong_once(tmp_path):
+    specification.write(specification.Model(processes.MODEL.config, (), "bidirectional"), tmp_path / "model.json")
+    (tmp_path / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdef"]))
+    (tmp_path / "rows.tsv").write_text("text\tlabel\na b c d\tyes\na\tno\n")
+    (tmp_path / "broken.jsonl").write_text('{"text": "a", "label": "no"}\n{"text"\n')
+    model, rows, broken, vocabulary, out = (
+        str(tmp_path / name) for name in ("model.json", "rows.tsv", "broken.jsonl", "vocab.txt", "out")
+    )
+    words = ["--validation", broken, "--tokenizer", vocabulary, "--length", "5"]
+    command = ("-m", "refimpl.cli", "train", "finetune", model, rows, out)
+    status, told = launched(tmp_path / "told", *command, *words)
+    assert status == 1
+    assert told.count("1 of 2 texts cut to --length 5, the longest from 6 tokens") == 1
+    assert told.count("broken.jsonl, line 2: no JSON") == 1
+    # What torchrun says of each.
+    assert [line.split()[2] for line in told.splitlines() if "exitcode  :" in line] == ["2", "2"]
+
+
+def test_an_error_of_one_process_alone_is_told_by_it(monkeypatch):
+    told = []
+    distributed.once(lambda: told.append("alone"))
+    assert told == ["alone"]
+    with socket.socket() as held:
+        # Nobody answers there.
+        held.bind(("127.0.0.1", 0))
+        place = {"WORLD_SIZE": 2, "RANK": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": held.getsockname()[1]}
+        for name, value in place.items():
+            monkeypatch.setenv(name, str(value))
+        distributed.once(lambda: told.append("second"), patience=0.1)
+    assert told == ["alone", "second"]
+    monkeypatch.setenv("RANK", "0")
+    distributed.once(lambda: told.append("first"), patience=0.1)
+    assert told == ["alone", "second", "first"]

@@ -83,3 +83,13 @@ def test_texts_are_read(tmp_path):
     assert data.train.labels.tolist() == [1, 0, 0]
     assert data.train.segment_ids.tolist()[0] == [0, 0, 0, 1, 1, 1]
     assert data.train.mask.sum(dim=1).tolist() == [6, 5, 5]
+
+
+def test_a_file_of_which_texts_are_cut_is_named(tmp_path):
+    (tmp_path / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "one", "two"]))
+    (tmp_path / "a.tsv").write_text("text\tlabel\none two one two\tyes\ntwo one two\tno\none\tno\n")
+    (tmp_path / "b.tsv").write_text("text\tlabel\none two one\tyes\n")
+    told, tokenizer = [], tokenizers.read(tmp_path / "vocab.txt")
+    data = finetune.read(tmp_path / "a.tsv", tmp_path / "b.tsv", tokenizer=tokenizer, length=5, told=told.append)
+    assert data.train.mask.sum(dim=1).tolist() == [5, 5, 3]
+    assert told == [f"{tmp_path / 'a.tsv'}: 1 of 3 texts cut to --length 5, the longest from 6 tokens"]

@@ -88,17 +88,34 @@ def test_windows_are_cut_between_words_by_hand(tokenizer):
 
 def test_examples_by_hand(tokenizer):
     rows = [text.Row("we run", None, "a"), text.Row("far", None, "b")]
-    made, segments, mask = text.encoded(rows, tokenizer, 9)
+    made, segments, mask, lengths = text.encoded(rows, tokenizer, 9)
     assert made.tolist() == [ids("[CLS]", "we", "run", "[SEP]"), ids("[CLS]", "far", "[SEP]", "[PAD]")]
     assert segments.tolist() == [[0] * 4] * 2
     assert mask.tolist() == [[True] * 4, [True] * 3 + [False]]
-    made, segments, mask = text.encoded([text.Row("we run far", "far!", "a")], tokenizer, 7)
+    assert lengths == (4, 3)
+    made, segments, mask, lengths = text.encoded([text.Row("we run far", "far!", "a")], tokenizer, 7)
     assert made.tolist() == [ids("[CLS]", "we", "run", "[SEP]", "far", "!", "[SEP]")]
     assert segments.tolist() == [[0, 0, 0, 0, 1, 1, 1]] and mask.all()
+    # [CLS] we run far [SEP] far ! [SEP]
+    assert lengths == (8,)
     made, *_ = text.encoded([text.Row("we", "far far far far", "a")], tokenizer, 6)
     assert made.tolist() == [ids("[CLS]", "we", "[SEP]", "far", "far", "[SEP]")]
+    # What is cut stays in its place among what is not, and the width is that of what is left.
+    rows = [text.Row("far", None, "a"), text.Row("we running far!", None, "b"), text.Row("run", None, "a")]
+    made, _, mask, lengths = text.encoded(rows, tokenizer, 5)
+    assert made.tolist() == [
+        ids("[CLS]", "far", "[SEP]", "[PAD]", "[PAD]"),
+        ids("[CLS]", "we", "run", "##ning", "[SEP]"),
+        ids("[CLS]", "run", "[SEP]", "[PAD]", "[PAD]"),
+    ]
+    assert mask.sum(axis=1).tolist() == [3, 5, 3] and lengths == (3, 7, 3)
     with pytest.raises(TrainError, match="length of 5 or more"):
         text.encoded(rows, tokenizer, 4)
+
+
+def test_what_is_cut_is_told_in_words():
+    assert text.cut((3, 5, 5), 5) == ""
+    assert text.cut((3, 6, 5, 1340), 5) == "2 of 4 texts cut to --length 5, the longest from 1,340 tokens"
 
 
 def test_words_of_a_tokenizer_json_are_those_of_the_vocabulary(tokenizer, tmp_path):

@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import re
+import signal
 import sys
 from dataclasses import asdict
 
@@ -17,7 +18,7 @@ from refimpl import cli
 from refimpl import model as specification
 from refimpl.check import DomainError
 from tests.torchimpl.test_layers import CONFIGS
-from torchimpl import checkpoint, journal, lora, run, train, train_command, training
+from torchimpl import checkpoint, distributed, journal, lora, run, train, train_command, training
 from torchimpl import model as modules
 
 TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefghijklmnop"]
@@ -91,6 +92,17 @@ def test_a_classifier_is_trained_from_texts(files, tmp_path):
     other = asked(files, *words, "--seed", 1, out=tmp_path / "out")
     assert other.exit_code == 2
     assert "is the state of another run, which differs in seed (0 then, 1 now)" in " ".join(other.output.split())
+
+
+def test_texts_that_are_cut_are_told_before_training_and_windows_are_not(files, tmp_path):
+    words = ("--tokenizer", files / "vocab.txt", "--max-steps", 1)
+    # [CLS], four letters, [SEP].
+    lines = asked(files, *words, "--length", 5, out=tmp_path / "cut").output.splitlines()
+    assert lines[0] == f"{files / 'rows.tsv'}: 60 of 60 texts cut to --length 5, the longest from 6 tokens"
+    assert "weights trained" in lines[1] and "cut to" not in " ".join(lines[1:])
+    for more in ({}, {"task": "causal", "data": "corpus.txt"}, {"task": "mlm", "data": "corpus.txt"}):
+        done = asked(files, *words, "--length", 6, out=tmp_path / more.get("task", "whole"), **more)
+        assert done.exit_code == 0 and "cut to" not in done.output
 
 
 @pytest.mark.parametrize(("task", "model", "data"), [
@@ -300,3 +312,15 @@ def test_time_left_is_told_in_hours():
 def test_a_state_is_whole_before_it_is_named(files, tmp_path):
     asked(files, "--tokenizer", files / "vocab.txt", "--max-steps", 2, out=tmp_path)
     assert {file.name for file in (tmp_path / "run").iterdir()} == {run.STATE, run.STEPS, run.EPOCHS, "loss.svg"}
+
+
+@pytest.mark.parametrize(("processes", "ignored"), [(1, []), (2, [signal.SIGTERM])])
+def test_a_process_that_ends_with_the_others_is_not_ended_by_torchrun(files, tmp_path, monkeypatch, processes, ignored):
+    """Of several processes the first that ends has torchrun send SIGTERM to those that are about to."""
+    found = []
+    monkeypatch.setattr(signal, "signal", lambda number, handler: found.append((number, handler)))
+    monkeypatch.setattr(distributed, "once", lambda tell: tell())
+    monkeypatch.setenv("WORLD_SIZE", str(processes))
+    done = asked(files, "--epochs", 0, out=tmp_path)
+    assert done.exit_code == 2 and "epochs >= 1" in done.output
+    assert found == [(number, signal.SIG_IGN) for number in ignored]
