@@ -155,6 +155,8 @@ def once(call: Call, arguments: list[Any], backward: bool) -> float:
 
 def timed(function: Call, arguments: list[Any], backward: bool, rounds: int) -> tuple[list[float], list[float]]:
     """Seconds of every round, eager and compiled."""
+    # Partial functions are one to Dynamo, which would take the sizes in which two of them differ for open.
+    torch._dynamo.reset()
     variants = (function, torch.compile(function, fullgraph=True))
     # The first turn compiles, the second warms up.
     turns = [[once(call, arguments, backward) for call in variants] for _ in range(rounds + 2)][2:]

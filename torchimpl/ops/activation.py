@@ -44,9 +44,6 @@ def gelu_erf(x: Float[Tensor, "*b"]) -> Float[Tensor, "*b"]:
     Raises: DomainError unless x is a floating tensor.
     """
     wide = check.island(check.real("activation.gelu_erf", "x", x))
-    # Fused where it is compiled; otherwise a pass over memory for every operation is what training waits for.
-    if torch.compiler.is_compiling():
-        return (wide * torch.special.erfc(wide * -math.sqrt(0.5)) / 2).to(x.dtype)
     return _GeluErf.apply(wide).to(x.dtype)
 
 
@@ -85,6 +82,8 @@ class _PositivePart(torch.autograd.Function):
 
 
 class _GeluErf(torch.autograd.Function):
+    # In place, and with a derivative of its own: every pass over memory, and every one that a compiler has to vectorise,
+    # is what training waits for.
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
         ctx.save_for_backward(x)
