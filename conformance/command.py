@@ -177,6 +177,7 @@ def repro(
                 console.print(report.elements(verdict, vector))
             colour = "red" if verdict.failed else "green"
             detail = f": {escape(verdict.message)}" if verdict.message else ""
+            detail += escape(f'. Equals the known bug "{verdict.equals[0]}"') if verdict.equals else ""
             shown = escape(implementation.name)
             console.print(
                 f"[{colour}]{verdict.outcome}[/{colour}] {shown} ({implementation.profile}){detail}",
@@ -288,22 +289,22 @@ def ops(
         if name is None:
             console.print(_matrix())
             return
-        if name in model.MODELS():
-            console.print(escape(_described(name)), soft_wrap=True)
-            return
+        whole = name in model.MODELS()
         chosen = [op for op in OPERATORS() if selected(op, [name])]
-        if not chosen:
+        if not chosen and not whole:
             raise AdapterError(f"ops: no operator or family {name!r}, nor a model; `refimpl ops` lists them")
         if onnx is not None:
             _write_graph(name, onnx, opset, dtype)
             return
+        if whole:
+            console.print(escape(f"{_described(name)}\n"), soft_wrap=True)
         for op in chosen:
             console.print(f"[bold]{op}[/bold]\n")
             console.print(escape(textwrap.indent(inspect.cleandoc(stub.documentation(op)), "  ")), soft_wrap=True)
             console.print(_arguments(op))
         for family in dict.fromkeys(op.partition(".")[0] for op in chosen):
             console.print(escape(f"{stub.conventions(family)}\n"), soft_wrap=True)
-        text = stub.adapter(chosen)
+        text = stub.model_adapter(name) if whole else stub.adapter(chosen)
         if write:
             report.write(write, text)
             console.print(f"wrote {write}; fill it in, then: refimpl check python:{write}")
@@ -347,18 +348,22 @@ def _matrix() -> Table:
         wrong = sum(m.op == op for m in (*module.MUTANTS, *module.MUSEUM))
         table.add_row(op, *there, str(minimum.get(op, {}).get("minimum", 0)), str(laws), str(wrong))
     table.add_section()
-    for name, module in model.MODELS().items():
+    for name in model.MODELS():
         there = ["yes" if _exists(f"{layer}.models.{name}") else "-" for layer in LAYERS]
-        held = (model.CASES()[name], model.laws(name), module.WRONG)
-        table.add_row(name, *there, *(str(len(names)) for names in held))
+        wrong = [*model.wrong_models(name), *model.wrong_steps(name)]
+        table.add_row(name, *there, *(str(len(held)) for held in (model.CASES()[name], model.laws(name), wrong)))
     return table
 
 
 def _described(name: str) -> str:
     """How a model is called, and what it is held against."""
     module = model.MODELS()[name]
-    lists = {"cases": model.CASES()[name], "laws": model.laws(name), "known wrong models": module.WRONG}
+    lists: dict[str, Any] = {"cases": model.CASES()[name], "laws": model.laws(name), "known wrong models": module.WRONG}
     parts = [inspect.cleandoc(module.__doc__ or ""), (inspect.cleandoc(model.__doc__ or "")).partition("\n\n")[2]]
+    steps = [mutant.bug for mutant in model.wrong_steps(name)]
+    if steps:
+        lists["known wrong steps"] = steps
+        parts.append(stub.steps(name))
     return "\n\n".join(parts + [f"{title} ({len(names)}): {', '.join(names)}" for title, names in lists.items()])
 
 

@@ -6,8 +6,9 @@ model, with cases of tiny weights, a reference in Balls, laws and wrong models.
 
 A function whose model reads a causal text piece by piece has an attribute `step`, a function step(weights, state,
 token_ids, segment_ids, mask, positions, *, config, visible) that returns (results, state) for the next tokens: state is
-None before the first of them, and otherwise whatever the step before returned; without positions they go on. The law
-`streamed` holds it against the whole; where there is no step, the law `prefix` alone tells that a text may grow.
+None before the first of them, and otherwise whatever a step has returned; without positions they go on. The law
+`streamed` holds it against the whole, and by the law `branched` it leaves the state that it is given as it was, for
+other texts to go on from there. Where there is no step, the law `prefix` alone tells that a text may grow.
 """
 
 from __future__ import annotations
@@ -27,8 +28,9 @@ from conformance.budget import PROFILES, Ball, Profile
 from conformance.case import Case as OperatorCase
 from conformance.case import Unsupported
 from conformance.law import LawFailed
-from conformance.models import _encoder
+from conformance.models import _encoder, _streams
 from conformance.models._encoder import Case, Model
+from conformance.models._streams import Stream
 from conformance.mutant import Mutant
 from conformance.vectors import Vector
 from conformance.verdict import Comparison, Verdict, compare, diagnose, explained, raised
@@ -55,7 +57,7 @@ def laws(name: str) -> dict[str, list[tuple[Any, Case]]]:
     module = MODELS()[name]
     for case in CASES()[name].values():
         held = list(module.laws(case) if hasattr(module, "laws") else _encoder.LAWS)
-        for law in held + ([_encoder.streamed] if hasattr(module, "step") else []):
+        for law in [*held, *(_streams.LAWS if hasattr(module, "step") else ())]:
             if case.name in _encoder.TELLING[law.__name__]:
                 made.setdefault(law.__name__, []).append((law, case))
     return made
@@ -64,6 +66,11 @@ def laws(name: str) -> dict[str, list[tuple[Any, Case]]]:
 def wrong_models(name: str) -> list[Mutant]:
     """The known wrong models."""
     return [Mutant(name, bug, model) for bug, model in MODELS()[name].WRONG.items()]
+
+
+def wrong_steps(name: str) -> list[Mutant]:
+    """The right models whose step is known to be wrong."""
+    return [Mutant(name, bug, model) for bug, model in getattr(MODELS()[name], "WRONG_STREAMS", {}).items()]
 
 
 def verdicts(implementation: str, model: Model, name: str, declared: Profile, *, with_laws: bool) -> list[Verdict]:
@@ -80,7 +87,8 @@ def verdicts(implementation: str, model: Model, name: str, declared: Profile, *,
     coarse = {v.outcome for v in made if v.failed} == {"precision"}
     for law in laws(name) if with_laws else ():
         verdict = judge_law(implementation, model, name, law, declared)
-        made.append(replace(verdict, outcome="precision") if coarse and verdict.failed else verdict)
+        imprecise = coarse and verdict.failed and not verdict.equals
+        made.append(replace(verdict, outcome="precision") if imprecise else verdict)
     return made
 
 
@@ -121,7 +129,7 @@ def judge_law(implementation: str, model: Model, name: str, law: str, declared: 
     """Hold a model to one law on the cases that tell."""
     profile = _judged(declared)
     verdict = Verdict(implementation, name, law, profile.dtype, declared.name, "pass", "law")
-    if law == _encoder.streamed.__name__ and not hasattr(model, "step"):
+    if law in _streams.READ and not hasattr(model, "step"):
         return replace(verdict, outcome="skipped", message="the model has no step")
     declined, chosen = [], laws(name)[law]
     for check, case in chosen:
@@ -130,10 +138,43 @@ def judge_law(implementation: str, model: Model, name: str, law: str, declared: 
         except Unsupported as reason:
             declined.append(str(reason))
         except LawFailed as fault:
-            return replace(verdict, outcome="logic", message=str(fault))
+            verdict = replace(verdict, outcome="logic", message=str(fault))
+            return _explained(verdict, model, case) if law in _streams.READ else verdict
         except Exception as error:
             return replace(verdict, outcome="errored", message=f"{raised(error)}. Case: {case.slug}")
     return replace(verdict, outcome="skipped", message=declined[0]) if len(declined) == len(chosen) else verdict
+
+
+def _explained(failed: Verdict, model: Model, case: Case) -> Verdict:
+    """The verdict on a law of steps that is broken, with the known wrong step that the streams of the law equal.
+
+    A step may also compute as a wrong model what the whole does rightly. In 16 bits bounds tell no fault from another.
+    """
+    if Profile(failed.dtype).sixteen_bit:
+        return failed
+    pairs = [(_read(failed, model, stream), stream) for stream in _streams.READ[failed.case](case)]
+    failing = [pair for pair in pairs if pair[0].failed and pair[0].outputs]
+    # What explains every failure explains the one of the fewest steps.
+    fewest = sorted(failing, key=lambda pair: sum(map(len, pair[1].pieces)))[:1]
+    for known in (wrong_steps(failed.op), wrong_models(failed.op)):
+        likely = [m for m in known if all(_equals(m.call, *pair, must_fail=True) for pair in fewest)]
+        if bugs := diagnose(pairs, known=likely, equals=_equals, partly=False):
+            return explained([failed], bugs)[0]
+    return failed
+
+
+def _read(failed: Verdict, model: Model, stream: Stream) -> Verdict:
+    """What the model gives on one stream of a law that it breaks, and whether it breaks it there."""
+    profile = _judged(Profile(failed.dtype, failed.profile))
+    try:
+        verdict = replace(failed, outputs=stream.found(model, profile))
+    except Exception:
+        return failed
+    try:
+        stream.hold(model, MODELS()[failed.op].reference, profile)
+    except Exception:
+        return verdict
+    return replace(verdict, outcome="pass")
 
 
 def vector(name: str, case: Case, declared: Profile) -> Vector:
@@ -142,9 +183,12 @@ def vector(name: str, case: Case, declared: Profile) -> Vector:
     return _vector(due(name, case, profile), str(profile), name, case.slug)
 
 
-def due(name: str, case: Case, profile: Profile) -> dict[str, Ball]:
+def due(name: str, read: Case | Stream, profile: Profile) -> dict[str, Ball]:
     """The results as they should be: logits, x_0, ..., x_L."""
-    return _encoder.finished(MODELS()[name].reference, case, profile)
+    reference = MODELS()[name].reference
+    if isinstance(read, Stream):
+        return read.expected(reference, profile)
+    return _encoder.finished(reference, read, profile)
 
 
 def by_state(name: str, case: Case, outputs: Sequence[np.ndarray], declared: Profile) -> dict[str, float]:
@@ -204,12 +248,12 @@ def _where(name: str) -> str:
     return f"{name}, {f'behind layer {index - 1}' if index else 'the embedding'}, is the first that is off"
 
 
-def _equals(wrong: Model, verdict: Verdict, case: Case, *, must_fail: bool = False) -> bool:
+def _equals(wrong: Model, verdict: Verdict, read: Case | Stream, *, must_fail: bool = False) -> bool:
     """Whether a wrong model gives what the implementation gave, within twice the bound (both are rounded)."""
     profile = _judged(Profile(verdict.dtype, verdict.profile))
-    expected = due(verdict.op, case, profile)
+    expected = due(verdict.op, read, profile)
     try:
-        made = _encoder.run(wrong, case, FLOAT64)
+        made = read.found(wrong, FLOAT64) if isinstance(read, Stream) else _encoder.run(wrong, read, FLOAT64)
     except Exception:
         # A wrong model that cannot take this case did not produce this output.
         return False

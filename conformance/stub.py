@@ -1,9 +1,10 @@
-"""What a stranger needs to know of an operator, and the adapter file to begin with."""
+"""What a stranger needs to know of an operator or of a model's step, and the adapter file to begin with."""
 
 from __future__ import annotations
 
 import importlib
 import inspect
+import textwrap
 from typing import Any
 
 import numpy as np
@@ -86,3 +87,38 @@ def adapter(names: list[str]) -> str:
     claims = ", ".join(f'"{op}": {op.replace(".", "_")}' for op in names)
     lines += ["", f"IMPLEMENTS = {{{claims}}}", 'PROFILE = {"float64": "strict", "float32": "strict"}', ""]
     return "\n".join(lines)
+
+
+def steps(name: str) -> str:
+    """How the specification reads a model's causal text piece by piece: what a step must do."""
+    module = importlib.import_module(f"refimpl.models.{name}")
+    parts = [f"The step in the specification, refimpl.models.{name}, of the encoder alone:"]
+    for function in (module.initial_state, module.step):
+        signature = inspect.signature(function)
+        names = [p.replace(annotation=p.empty) for p in signature.parameters.values()]
+        plain = signature.replace(parameters=names, return_annotation=signature.empty)
+        text = f"{function.__name__}{plain}\n{textwrap.indent(inspect.getdoc(function) or '', '  ')}"
+        parts.append(textwrap.indent(text, "  "))
+    return "\n\n".join(parts)
+
+
+def model_adapter(name: str) -> str:
+    """A Python file that claims a model, its step beside it, and raises NotImplementedError until it is filled in."""
+    inputs = "token_ids, segment_ids, mask, positions, *, config, visible"
+    return f"""import numpy as np
+
+
+def {name}(weights, {inputs}):
+    raise NotImplementedError  # return logits, x_0, ..., x_L
+
+
+def step(weights, state, {inputs}):
+    raise NotImplementedError  # return (logits, x_0, ..., x_L), state
+
+
+# Without this line no text is read piece by piece, and the laws of steps are skipped.
+{name}.step = step
+
+IMPLEMENTS = {{"{name}": {name}}}
+PROFILE = {{"float64": "strict", "float32": "strict"}}
+"""

@@ -190,11 +190,13 @@ def diagnose(
     judged: Sequence[tuple[Verdict, Any]],
     known: Sequence[Mutant] | None = None,
     equals: Callable[..., bool] | None = None,
+    *,
+    partly: bool = True,
 ) -> tuple[tuple[Mutant, str], ...]:
     """Known bugs of one operator whose output is the implementation's, each with a text that says how sure that is.
 
-    A bug is named when it gives the same output on every failing case (or on two thirds of at least three, where no
-    bug fits all); among those that do, the ones that agree on the most passing cases.
+    A bug is named when it gives the same output on every failing case (or, with `partly`, on two thirds of at least
+    three, where no bug fits all); among those that do, the ones that agree on the most passing cases.
     """
     failing = [(v, vector) for v, vector in judged if v.outputs and v.failed]
     passing = [(v, vector) for v, vector in judged if v.outputs and not v.failed]
@@ -204,7 +206,7 @@ def diagnose(
     equals = _equals if equals is None else equals
     fits = [sum(equals(m.call, v, vector, must_fail=True) for v, vector in failing) for m in known]
     most = max(fits, default=0)
-    if most < len(failing) and (len(failing) < 3 or 3 * most < 2 * len(failing)):
+    if most < len(failing) and (not partly or len(failing) < 3 or 3 * most < 2 * len(failing)):
         return ()
     named = [m for m, fit in zip(known, fits, strict=True) if fit == most]
     agree = [sum(equals(m.call, v, vector) for v, vector in passing) for m in named]

@@ -10,9 +10,8 @@ Laws are plain functions over a model, a case and the bounds of that model's ref
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Any, NamedTuple, Self
 
 import numpy as np
@@ -151,21 +150,6 @@ def run(model: Model, case: Case, profile: Profile) -> tuple[np.ndarray, ...]:
     if kept:
         raise LawFailed(f"{case.name} ({profile}): {kept[0]} was modified by the call")
     return found
-
-
-def in_pieces(model: Any, case: Case, pieces: Sequence[int], profile: Profile) -> tuple[np.ndarray, ...]:
-    """What the step of a model returns for so many tokens at a time, put together, as float64."""
-    state, start, made = None, 0, []
-
-    def stepped(weights: Any, *inputs: Any, **options: Any) -> Any:
-        nonlocal state
-        returned, state = model.step(weights, state, *inputs, **options)
-        return returned
-
-    for size in pieces:
-        made.append(run(stepped, case.tokens(start, start + size), profile))
-        start += size
-    return tuple(np.concatenate(parts, axis=1) for parts in zip(*made, strict=True))
 
 
 def expected(reference: Reference, case: Case, profile: Profile) -> tuple[Ball, ...]:
@@ -307,28 +291,7 @@ def prefix(model: Model, case: Case, reference: Reference, profile: Profile) -> 
         within(f"prefix, {count} tokens", run(model, begun, profile), until, case, radii, profile)
 
 
-def streamed(model: Any, case: Case, reference: Reference, profile: Profile) -> None:
-    """A causal text through the step of a model, token by token or some at once, gives what it gives in the whole.
-
-    At 0, 1, 2, ... and at positions that are told; in the batch, and one text alone.
-    """
-    if case.visible != "causal":
-        return
-    n, one = case.token_ids.shape[1], slice(3, 4)
-    placed = case.with_(positions=3 * np.arange(n)[::-1] + 100)
-    # The second is cut where no chunk ends.
-    for told, rows, pieces in (
-        (case, slice(None), (1,) * n),
-        (placed, slice(None), (2, 5, 0, n - 7)),
-        (case, one, (4, n - 4)),
-    ):
-        whole = tuple(array[rows] for array in run(model, told, profile))
-        radii = {name: 2 * ball.rad[rows] for name, ball in finished(reference, told, profile).items()}
-        found = in_pieces(model, told.rows(rows), pieces, profile)
-        within(f"streamed in pieces of {', '.join(map(str, pieces))}", found, whole, told, radii, profile)
-
-
-# `streamed` is held against models that have a step, where the judge's own has one.
+# Those of a step stand in _streams.py.
 LAWS = (padding, unseen_tokens, positions_shift, one_by_one, batch_permutes, segments_enter, prefix)
 # The cases that a run of the judge holds a law against; the tests hold it against all.
 TELLING: dict[str, tuple[str, ...]] = {
@@ -341,6 +304,7 @@ TELLING: dict[str, tuple[str, ...]] = {
     "segments_enter": ("padded",),
     "prefix": ("causal",),
     "streamed": ("causal",),
+    "branched": ("causal",),
     "floors_meet": ("one layer",),
 }
 
@@ -538,77 +502,6 @@ def probabilities(forward: Model, *inputs: Any, **options: Any) -> Any:
     logits, *states = forward(*inputs, **options)
     shifted = np.exp(logits - logits.max(axis=-1, keepdims=True))
     return (shifted / shifted.sum(axis=-1, keepdims=True), *states)
-
-
-# Streams.
-def step_of(module: Any, head: Any, logits: Callable[..., np.ndarray]) -> Model:
-    """The specification's step under a masked-language head, as the judge calls one."""
-
-    def step(weights: Any, state: Any, *inputs: Any, config: Any, visible: str) -> Any:
-        state = module.initial_state(config, batch=inputs[0].shape[:-1]) if state is None else state
-        states, state = module.step(spec.part(weights, module.shapes(config)), state, *inputs, config=config)
-        made = logits(spec.part(weights, head.shapes(config)), states[-1], weights["embedding.token"], config=config)
-        return (made, *states), state
-
-    return step
-
-
-def _wrong_step(step: Model, change: Callable[..., Any], weights: Any, state: Any, *inputs: Any, **options: Any) -> Any:
-    """A step that keeps something else: change(state of no token, state before, state after, config)."""
-    begun = step(weights, None, inputs[0][:, :0], None, None, None, **options)[1]
-    made, now = step(weights, state, *inputs, **options)
-    return made, change(begun, begun if state is None else state, now, options["config"])
-
-
-def _unplaced_step(step: Model, weights: Any, state: Any, *inputs: Any, **options: Any) -> Any:
-    return step(weights, state, *inputs[:3], None, **options)
-
-
-def _in_every_layer(change: Callable[..., Any]) -> Callable[..., Any]:
-    return lambda begun, before, now, config: now._replace(layers=tuple(change(kept, config) for kept in now.layers))
-
-
-def _without_buffer(kept: Any, config: Any) -> Any:
-    empty = {name: getattr(kept, name)[..., :0, :] for name in ("k_quad", "k_lin", "v")}
-    return kept._replace(valid=kept.valid[..., :0], **empty)
-
-
-def _closed_early(kept: Any, config: Any) -> Any:
-    """The open chunk is taken for complete while one token is missing."""
-    if kept.v.shape[-2] < config.chunk - 1:
-        return kept
-    summary = kept.summary + (kept.k_lin * kept.valid[..., None]).swapaxes(-1, -2) @ kept.v
-    counted = kept.counted + kept.valid.sum(axis=-1)
-    return _without_buffer(kept, config)._replace(summary=summary, counted=counted, chunks=kept.chunks + 1)
-
-
-def _all_real(kept: Any, config: Any) -> Any:
-    return kept._replace(
-        **{name: np.ones_like(getattr(kept, name)) for name in ("real", "valid") if hasattr(kept, name)}
-    )
-
-
-# What a step may keep in the place of its state.
-WRONG_STATES: dict[str, Callable[..., Any]] = {
-    "second layer starts anew in every piece": lambda begun, before, now, config: now._replace(
-        layers=(*now.layers[:1], *begun.layers[1:2], *now.layers[2:])
-    ),
-    "positions start anew in every piece": lambda begun, before, now, config: now._replace(tokens=0),
-    "keys of the last piece forgotten": lambda begun, before, now, config: now._replace(layers=before.layers),
-    "padding of earlier pieces visible": _in_every_layer(_all_real),
-}
-# The same where a layer keeps sums over chunks and one that is open.
-WRONG_CHUNKS: dict[str, Callable[..., Any]] = {
-    "open chunk dropped": _in_every_layer(_without_buffer),
-    "chunk closed a token early": _in_every_layer(_closed_early),
-}
-
-
-def wrong_streams(model: Model, step: Model, changes: Mapping[str, Callable[..., Any]]) -> dict[str, Streaming]:
-    """A right model with each of the wrong steps."""
-    steps = {bug: partial(_wrong_step, step, change) for bug, change in changes.items()}
-    steps["given positions ignored in a piece"] = partial(_unplaced_step, step)
-    return {bug: Streaming(model, wrong) for bug, wrong in steps.items()}
 
 
 # Wrong encoders: plain NumPy and the operators of the specification, with openings for whatever is wrong.

@@ -11,7 +11,7 @@ import numpy as np
 
 from conformance.budget import Arithmetic, Ball, affine, einsum
 from conformance.generate import Draw
-from conformance.models import _encoder
+from conformance.models import _encoder, _streams
 from conformance.models._encoder import Case, Expected, Model
 from conformance.ops import gau as judged
 from conformance.ops.attention_kernel import REFERENCES
@@ -49,7 +49,7 @@ def model(weights: Any, *inputs: Any, config: Any, visible: str) -> tuple[np.nda
     return (_heads.masked_lm_tied({}, states[-1], weights["embedding.token"], config=config), *states)
 
 
-step = _encoder.step_of(spec, HEAD, _heads.masked_lm_tied)
+step = _streams.step_of(spec, HEAD, _heads.masked_lm_tied)
 
 
 # Reference.
@@ -279,4 +279,6 @@ WRONG: dict[str, Model] = {
     "probabilities for logits": partial(_encoder.probabilities, model),
 }
 # Their step alone is wrong.
-WRONG_STREAMS = _encoder.wrong_streams(model, step, _encoder.WRONG_STATES)
+WRONG_STREAMS = _streams.wrong_streams(
+    model, step, spec.initial_state, _streams.WRONG_STATES, {**_streams.SHARED, **_streams.SHARED_KEYS}
+)

@@ -1,5 +1,7 @@
-"""The law `streamed`: right steps pass, every known wrong one is told; without a step the law `prefix` judges."""
+"""The laws of a step: right ones pass, every known wrong one breaks one law; without a step the law `prefix` judges."""
 
+import copy
+import importlib
 from dataclasses import replace
 
 import numpy as np
@@ -9,7 +11,7 @@ from conformance import model
 from conformance.adapters import load
 from conformance.budget import Profile
 from conformance.law import LawFailed
-from conformance.models import _encoder, gau_alpha
+from conformance.models import _streams, gau_alpha
 from conformance.models._encoder import Streaming
 
 FLOAT64, FLOAT32 = (Profile(dtype, "strict", "A64") for dtype in ("float64", "float32"))
@@ -22,6 +24,12 @@ KNOWN = {
     "padding of earlier pieces visible",
 }
 KNOWN_CHUNKS = {"open chunk dropped", "chunk closed a token early"}
+# Steps that change the state they are given; of one text there is nothing wrong with them.
+KNOWN_SHARED = {"state updated in place", "layers updated in place, tokens counted by value"}
+KNOWN_BUFFERS = {"one buffer of keys for all continuations"}
+KNOWN_SUMS = {"sums over chunks updated in place"}
+BRANCHED = KNOWN_SHARED | KNOWN_BUFFERS | KNOWN_SUMS
+LAWS = ("streamed", "branched")
 WRONG = [(name, bug) for name in NAMES for bug in model.MODELS()[name].WRONG_STREAMS]
 
 
@@ -37,11 +45,11 @@ def judged(whole, name="gau_alpha", profile=FLOAT64, law="streamed"):
 def test_every_causal_encoder_of_layers_with_a_step_is_streamed():
     assert {"flash", "gau_alpha", "roformer", "roformer_v2"} <= set(NAMES)
     for name, module in model.MODELS().items():
-        assert ("streamed" in model.laws(name)) == hasattr(module, "step")
+        assert all((law in model.laws(name)) == hasattr(module, "step") for law in LAWS)
         assert "prefix" in model.laws(name)
     for name in NAMES:
-        expected = KNOWN | KNOWN_CHUNKS if name == "flash" else KNOWN
-        assert model.MODELS()[name].WRONG_STREAMS.keys() == expected
+        own = KNOWN_CHUNKS | KNOWN_SUMS if name == "flash" else KNOWN_BUFFERS
+        assert model.MODELS()[name].WRONG_STREAMS.keys() == KNOWN | KNOWN_SHARED | own
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -51,7 +59,8 @@ def test_right_steps_pass_on_every_causal_case(name):
     held = [case for case in causal if getattr(case.config, "divisor", "") != "array"]
     assert len(held) == {"flash": 6, "flash_quad": 2}.get(name, 1)
     for case in held:
-        _encoder.streamed(right(name), case, model.MODELS()[name].reference, FLOAT64)
+        for law in _streams.LAWS:
+            law(right(name), case, model.MODELS()[name].reference, FLOAT64)
 
 
 @pytest.mark.parametrize(("name", "names"), [("spec", ["flash", "gau_alpha"]), ("torchimpl", NAMES)])
@@ -60,18 +69,21 @@ def test_both_own_adapters_offer_steps_that_pass(name, names):
     assert {i.profile.dtype for i in offered} == {"float64", "float32"} and len(offered) == 2
     for implementation in offered:
         for whole in names:
-            found = judged(implementation.models[whole], whole, implementation.profile)
-            assert found.outcome == "pass" and found.kind == "law", found.message
+            for law in LAWS:
+                found = judged(implementation.models[whole], whole, implementation.profile, law)
+                assert found.outcome == "pass" and found.kind == "law", found.message
 
 
 @pytest.mark.parametrize(("name", "bug"), WRONG)
-def test_a_wrong_step_is_told(name, bug):
-    wrong = model.MODELS()[name].WRONG_STREAMS[bug]
-    for profile in (FLOAT64, FLOAT32):
-        found = judged(wrong, name, profile)
-        assert found.outcome == "logic" and "law streamed in pieces of " in found.message, profile
+def test_a_wrong_step_breaks_one_law(name, bug):
+    wrong, reference = model.MODELS()[name].WRONG_STREAMS[bug], model.MODELS()[name].reference
+    (broken, case), (kept, _) = (model.laws(name)[law][0] for law in (LAWS[::-1] if bug in BRANCHED else LAWS))
+    said = "branched, 3 texts that go on from one state" if bug in BRANCHED else "streamed in pieces of "
+    with pytest.raises(LawFailed, match=f"law {said}"):
+        broken(wrong, case, reference, FLOAT32)
+    kept(wrong, case, reference, FLOAT64)
     # In the whole there is nothing wrong with it.
-    assert judged(wrong, name, law="prefix").outcome == "pass"
+    assert wrong.whole is model.MODELS()[name].model
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -79,9 +91,42 @@ def test_wrong_steps_are_right_but_for_their_fault(name):
     def kept(begun, before, now, config):
         return now
 
+    def own(shared, own):
+        return own
+
     module = model.MODELS()[name]
-    for wrong in _encoder.wrong_streams(module.model, module.step, {"none": kept}), {"none": right(name)}:
-        assert judged(wrong["none"], name).outcome == "pass"
+    begin = importlib.import_module(f"refimpl.models.{name}").initial_state
+    made = _streams.wrong_streams(module.model, module.step, begin, {"kept": kept}, {"own": own})
+    for wrong in made["kept"], made["own"], right(name):
+        assert {judged(wrong, name, law=law).outcome for law in LAWS} == {"pass"}
+
+
+def test_a_state_that_is_handed_over_by_value_cannot_be_changed():
+    # As by an adapter that reaches another process, or a session of a graph.
+    def by_value(step):
+        return lambda weights, state, *given, **options: step(weights, copy.deepcopy(state), *given, **options)
+
+    for bug in BRANCHED & gau_alpha.WRONG_STREAMS.keys():
+        wrong = gau_alpha.WRONG_STREAMS[bug]
+        assert judged(wrong, law="branched").outcome == "logic"
+        assert judged(Streaming(wrong.whole, by_value(wrong.step)), law="branched").outcome == "pass"
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 7])
+def test_a_state_that_steps_of_one_size_change_is_told(tokens):
+    # Single tokens and many go through different code in many an implementation.
+    def step(weights, state, ids, *given, **options):
+        box = [None] if state is None else state
+        made, now = gau_alpha.step(weights, box[0], ids, *given, **options)
+        if ids.shape[1] != tokens:
+            return made, [now]
+        box[0] = now
+        return made, box
+
+    mine = Streaming(gau_alpha.model, step)
+    assert judged(mine, law="streamed").outcome == "pass"
+    # What all the rest has been read into is read by nobody again.
+    assert judged(mine, law="branched").outcome == ("pass" if tokens == 7 else "logic")
 
 
 def test_one_text_alone_is_streamed_too():
@@ -131,8 +176,9 @@ def test_a_step_that_crashes_or_loses_a_result_is_an_error():
 def test_a_model_without_a_step_is_judged_by_its_prefixes():
     found = judged(gau_alpha.model)
     assert (found.outcome, found.message) == ("skipped", "the model has no step")
+    assert judged(gau_alpha.model, law="branched") == replace(found, case="branched")
     made = {v.case: v.outcome for v in model.verdicts("mine", gau_alpha.model, "gau_alpha", FLOAT64, with_laws=True)}
-    assert made["prefix"] == "pass" and made["streamed"] == "skipped"
+    assert made["prefix"] == "pass" and made["streamed"] == made["branched"] == "skipped"
 
     def looks_ahead(weights, ids, *given, **options):
         return tuple(array * (1 + 1e-9 * ids.shape[1]) for array in gau_alpha.model(weights, ids, *given, **options))
@@ -158,10 +204,14 @@ def test_only_causal_texts_are_streamed():
         raise AssertionError
 
     case = model.CASES()["gau_alpha"]["padded"]
-    _encoder.streamed(Streaming(crash, crash), case, gau_alpha.reference, FLOAT64)
-    with pytest.raises(LawFailed):
-        wrong = gau_alpha.WRONG_STREAMS["keys of the last piece forgotten"]
-        _encoder.streamed(wrong, case.with_(visible="causal"), gau_alpha.reference, FLOAT64)
+    wrong = (
+        gau_alpha.WRONG_STREAMS["keys of the last piece forgotten"],
+        gau_alpha.WRONG_STREAMS["state updated in place"],
+    )
+    for law, bug in zip(_streams.LAWS, wrong, strict=True):
+        law(Streaming(crash, crash), case, gau_alpha.reference, FLOAT64)
+        with pytest.raises(LawFailed):
+            law(bug, case.with_(visible="causal"), gau_alpha.reference, FLOAT64)
 
 
 def test_pieces_are_parts_of_the_text():
@@ -173,10 +223,39 @@ def test_pieces_are_parts_of_the_text():
         seen.append((state, ids.shape, segments.shape, mask.shape, positions.tolist(), visible))
         return [ids[..., None]], len(seen)
 
-    (found,) = _encoder.in_pieces(Streaming(step, step), case, (4, 0, 7), FLOAT64)
+    (found,) = _streams.in_pieces(Streaming(step, step), case, (4, 0, 7), FLOAT64)
     assert np.array_equal(found[..., 0], case.token_ids)
     assert seen == [
         (None, (4, 4), (4, 4), (4, 4), [5, 6, 7, 8], "causal"),
         (1, (4, 0), (4, 0), (4, 0), [], "causal"),
         (2, (4, 7), (4, 7), (4, 7), [9, 10, 11, 12, 13, 14, 15], "causal"),
     ]
+
+
+def test_texts_that_go_on_from_one_state_are_read_in_turn():
+    case = model.CASES()["gau_alpha"]["causal"]
+    (stream,) = _streams.READ["branched"](case)
+    seen = []
+
+    def step(weights, state, ids, *given, **options):
+        seen.append((state, ids))
+        return [ids[..., None]], (0 if state is None else 10 * state + ids.shape[1])
+
+    (found,) = stream.found(Streaming(step, step), FLOAT64)
+    assert found.shape == (12, 11, 1) and np.array_equal(found[..., 0], stream.told.token_ids)
+    # The first four tokens once; then one, three and seven from one state, and the rest of the first two in turn.
+    assert [state for state, _ in seen] == [None, 0, 0, 0, 1, 3]
+    assert [ids.shape for _, ids in seen] == [(4, n) for n in (4, 1, 3, 7, 6, 4)]
+    ids = stream.told.token_ids.reshape(3, 4, 11)
+    assert np.array_equal(ids[0], case.token_ids) and (ids[:, :, :4] == ids[:1, :, :4]).all()
+    assert all((ids[i, :, 4:] != ids[j, :, 4:]).all() for i, j in ((0, 1), (0, 2), (1, 2)))
+
+
+def test_continuations_are_held_against_each_alone():
+    # That pieces are not the whole is the other law's affair.
+    def step(weights, state, ids, *given, **options):
+        made, now = gau_alpha.step(weights, state, ids, *given, **options)
+        return made, now._replace(tokens=0)
+
+    assert judged(Streaming(gau_alpha.model, step), law="branched").outcome == "pass"
+    assert judged(Streaming(gau_alpha.model, step), law="streamed").outcome == "logic"
