@@ -438,6 +438,9 @@ def _mix(given: _Given, rule: _Rule, diagonal: int | None, past: State | None = 
         counted = member if valid is None else member & valid[..., None]
         q_lin, k_lin = _spread(member, q_lin), _spread(counted, k_lin)
         sums = check.island(_wide(k_lin).mT @ _wide(v))
+        if torch.compiler.is_compiling() and q_quad.shape[-1] * v.shape[-1] > 0:
+            # Inductor does not find out that with a document there are sums.
+            torch._check(sums.shape[-2] * sums.shape[-1] >= 1)
         S = (reads.to(sums.dtype) @ sums.flatten(-2)).unflatten(-1, sums.shape[-2:])
         chunks = _summed(member, reads, member.any(dim=-2))
         linear = _summed(member, reads, counted.sum(dim=-2))
