@@ -7,6 +7,7 @@ Weights are named by dots, layers.0.w_in; kernels are (in, out). The same names 
 
 import math
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -14,10 +15,12 @@ from jaxtyping import Bool, Float, Int, Shaped
 
 from refimpl import check
 from refimpl.config import from_dict
-from refimpl.ops import activation, attention, attention_kernel, norm, rope
+from refimpl.ops import activation, attention, attention_kernel, gau, norm, rope
 
 Weights = Mapping[str, np.ndarray]
 Shapes = dict[str, tuple[int, ...]]
+# Token ids, segment ids, mask and positions as a model takes them.
+Given = tuple[np.ndarray, np.ndarray | None, np.ndarray | None, np.ndarray | None]
 Activation = Literal["gelu_erf", "gelu_tanh", "relu", "silu"]
 ACTIVATIONS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "gelu_erf": activation.gelu_erf,
@@ -25,14 +28,21 @@ ACTIVATIONS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "relu": activation.relu,
     "silu": activation.silu,
 }
+# Of flash and flash_quad, which divide by a length elsewhere.
+KERNELS: dict[str, Callable[..., np.ndarray]] = {
+    "squared_relu": partial(attention_kernel.squared_relu_constant, length=1),
+    "laplace": attention_kernel.laplace,
+}
+ROTATIONS = {"interleaved": rope.rotate_interleaved, "half_split": rope.rotate_half_split}
 
 
 class Inputs(NamedTuple):
-    """Token and segment ids, and which tokens are real."""
+    """Token and segment ids, which tokens are real, and where they stand."""
 
     token_ids: Int[np.ndarray, "*b n"]
     segment_ids: Int[np.ndarray, "*b n"]
     mask: Bool[np.ndarray, "*b n"]
+    positions: Int[np.ndarray, "*p n"]
 
 
 class Keys(NamedTuple):
@@ -105,12 +115,16 @@ def checked_inputs(
     token_ids: Shaped[np.ndarray, "..."],
     segment_ids: Shaped[np.ndarray, "..."] | None,
     mask: Shaped[np.ndarray, "..."] | None,
+    positions: Shaped[np.ndarray, "..."] | None,
     config: Any,
+    *,
+    first: int = 0,
 ) -> Inputs:
-    """Ids within their tables and a boolean mask; without them every token is of segment 0 and real.
+    """Ids within their tables, a boolean mask, and positions.
 
-    Raises: ShapeError unless all are of one shape (..., n); DomainError for ids that are no integers or out of range,
-        and for a mask that is not boolean.
+    Without them every token is of segment 0, real, and at its place in the array, counted from `first`.
+    Raises: ShapeError unless all are of one shape (..., n), which for positions may be (n,); DomainError for ids that
+        are no integers or out of range, a mask that is not boolean, and positions that are no integers.
     """
     token_ids = check.integer(operation, "token_ids", token_ids)
     check.shape(operation, token_ids.ndim >= 1, "token_ids of shape (..., n)", token_ids=token_ids)
@@ -122,13 +136,55 @@ def checked_inputs(
     check.shape(operation, fits, "token_ids, segment_ids and mask of one shape (..., n)", **received)
     _within(operation, "token_ids", token_ids, config.vocab_size, "vocab_size")
     _within(operation, "segment_ids", segment_ids, config.segments, "segments")
-    return Inputs(token_ids, segment_ids, mask)
+    if positions is None:
+        return Inputs(token_ids, segment_ids, mask, np.arange(first, first + token_ids.shape[-1]))
+    positions = check.integer(operation, "positions", positions)
+    fits = positions.shape in (token_ids.shape, token_ids.shape[-1:])
+    check.shape(operation, fits, "positions (n,) or (..., n)", positions=positions, token_ids=token_ids)
+    return Inputs(token_ids, segment_ids, mask, positions)
 
 
-def embed(weights: Weights, inputs: Inputs, *, epsilon: float) -> Float[np.ndarray, "*b n d"]:
+def checked(
+    operation: str, weights: Weights, shapes: Shapes, given: Given, config: Any
+) -> tuple[dict[str, np.ndarray], Inputs]:
+    """What hidden states are made of.
+
+    Raises: as `checked_weights` and `checked_inputs`, in that order.
+    """
+    return checked_weights(operation, weights, shapes), checked_inputs(operation, *given, config)
+
+
+def embed(weights: Weights, inputs: Inputs, config: Any) -> Float[np.ndarray, "*b n d"]:
     """The normalised sum of a token's vector and its segment's."""
     vectors = weights["embedding.token"][inputs.token_ids] + weights["embedding.segment"][inputs.segment_ids]
-    return norm.rms_norm(vectors, epsilon=epsilon)
+    return norm.rms_norm(vectors, epsilon=config.epsilon)
+
+
+def encoded(
+    weights: Weights, x: np.ndarray, config: Any, layer: Callable[[Weights, np.ndarray], np.ndarray]
+) -> list[np.ndarray]:
+    """The embedding x, then the output of every layer; layer: of its weights and what enters it."""
+    states = [x]
+    for index in range(config.layers):
+        states.append(layer(layer_of(weights, index), states[-1]))
+    return states
+
+
+def mapped(weights: Weights, x: np.ndarray) -> Float[np.ndarray, "*b n d"]:
+    """An embedding in the width of the layers: as it is where the weights hold no mapping."""
+    kernel = weights.get("embedding.mapping.kernel")
+    return x if kernel is None else attention.project(x, kernel, weights.get("embedding.mapping.bias"))
+
+
+def final_norm_shapes(config: Any) -> Shapes:
+    """The weights of the one norm behind all layers that normalise what enters them."""
+    return {"final_norm.scale": (config.hidden_size,), "final_norm.bias": (config.hidden_size,)}
+
+
+def closed(weights: Weights, states: list[np.ndarray], config: Any) -> list[np.ndarray]:
+    """The states with the last one normalised."""
+    scale, bias = weights["final_norm.scale"], weights["final_norm.bias"]
+    return [*states[:-1], norm.layer_norm(states[-1], scale, bias, epsilon=config.epsilon)]
 
 
 def check_sizes(config: Any, *names: str) -> None:
@@ -231,22 +287,6 @@ def mask_from_ids_bert4keras(token_ids: Shaped[np.ndarray, "..."]) -> Bool[np.nd
     return mask
 
 
-def checked_positions(
-    operation: str, positions: Shaped[np.ndarray, "..."] | None, inputs: Inputs, *, first: int = 0
-) -> Int[np.ndarray, "*p n"]:
-    """Integer positions of the tokens, first, first + 1, ... of the array where none are given.
-
-    Raises: DomainError unless integers; ShapeError unless of shape (n,) or that of the token ids.
-    """
-    shape = inputs.token_ids.shape
-    if positions is None:
-        return np.arange(first, first + shape[-1])
-    positions = check.integer(operation, "positions", positions)
-    fits = positions.shape in (shape, shape[-1:])
-    check.shape(operation, fits, "positions (n,) or (..., n)", positions=positions, token_ids=inputs.token_ids)
-    return positions
-
-
 def self_attention(
     weights: Weights, x: np.ndarray, visible: np.ndarray, positions: np.ndarray, config: Any
 ) -> Float[np.ndarray, "*b n d"]:
@@ -270,6 +310,12 @@ def heads_state(config: Any, batch: tuple[int, ...]) -> State:
     return State(0, (no_keys(batch=batch, key=width, value=width),) * config.layers)
 
 
+def units_state(config: Any, batch: tuple[int, ...]) -> State:
+    """The state of an encoder of gated attention units before its first token."""
+    keys = no_keys(batch=batch, key=(config.key_size,), value=(config.expanded_size,))
+    return State(0, (keys,) * config.layers)
+
+
 def checked_state(operation: str, state: State, config: Any) -> State:
     """A state with something for every layer; what a layer keeps is checked where it is read.
 
@@ -282,16 +328,27 @@ def checked_state(operation: str, state: State, config: Any) -> State:
     return state
 
 
-def stepped(
-    state: State, x: np.ndarray, layer: Callable[[int, np.ndarray, Any], tuple[np.ndarray, Any]]
-) -> tuple[list[np.ndarray], State]:
-    """The hidden states of the next tokens behind their embedding x, and the state after them.
+def checked_piece(
+    operation: str, weights: Weights, shapes: Shapes, state: State, given: Given, config: Any
+) -> tuple[dict[str, np.ndarray], State, Inputs]:
+    """What a step reads; without positions they go on from the state's.
 
-    layer: of its index, what enters it and what it has kept, to what leaves it and what it keeps now.
+    Raises: as `checked_weights`, `checked_state` and `checked_inputs`, in that order.
+    """
+    weights, state = checked_weights(operation, weights, shapes), checked_state(operation, state, config)
+    return weights, state, checked_inputs(operation, *given, config, first=state.tokens)
+
+
+def stepped(
+    weights: Weights, state: State, x: np.ndarray, layer: Callable[[Weights, np.ndarray, Any], tuple[np.ndarray, Any]]
+) -> tuple[list[np.ndarray], State]:
+    """`encoded` of the next tokens of a causal stream, and the state after them.
+
+    layer: of its weights, what enters it and what it has kept, to what leaves it and what it keeps now.
     """
     states, kept = [x], []
     for index, past in enumerate(state.layers):
-        x, now = layer(index, x, past)
+        x, now = layer(layer_of(weights, index), x, past)
         states.append(x)
         kept.append(now)
     return states, State(state.tokens + x.shape[-2], tuple(kept))
@@ -320,7 +377,7 @@ def seen(keys: Keys, tokens: int) -> Bool[np.ndarray, "*b n m"]:
 
 
 def self_attention_step(
-    operation: str, weights: Weights, x: np.ndarray, mask: np.ndarray, positions: np.ndarray, past: Keys, config: Any
+    operation: str, weights: Weights, x: np.ndarray, inputs: Inputs, past: Keys, config: Any
 ) -> tuple[Float[np.ndarray, "*b n d"], Keys]:
     """`self_attention` of the next tokens of a causal stream, and the keys after them."""
     q, k, v = (
@@ -329,13 +386,28 @@ def self_attention_step(
         )
         for name in "qkv"
     )
-    turn = rope.angles(positions, rope.frequencies(config.key_size, base=config.rotary_base))[..., None, :]
-    keys = grown(operation, past, rope.rotate_interleaved(k, turn), v, mask)
+    turn = rope.angles(inputs.positions, rope.frequencies(config.key_size, base=config.rotary_base))[..., None, :]
+    keys = grown(operation, past, rope.rotate_interleaved(k, turn), v, inputs.mask)
     o = attention.attend(
         rope.rotate_interleaved(q, turn), keys.k, keys.v, attention.per_head(seen(keys, x.shape[-2])),
         kernel=attention_kernel.softmax, scale=1 / math.sqrt(config.key_size),
     )  # fmt: skip
     return attention.project(o.reshape(x.shape), weights["attention.w_o"], weights.get("attention.b_o")), keys
+
+
+def unit_step(
+    operation: str, w: Weights, x: np.ndarray, inputs: Inputs, past: Keys, config: Any, *,
+    rotate: Callable[[np.ndarray, np.ndarray], np.ndarray], kernel: Callable[..., np.ndarray], divisor: float,
+) -> tuple[Float[np.ndarray, "*b n d"], Keys]:  # fmt: skip
+    """A gated attention unit of the next tokens of a causal stream, with the biases that there are, and its keys."""
+    u, v, z = gau.parts(x, w["w_in"], w.get("b_in"), key_width=config.key_size)
+    turn = rope.angles(inputs.positions, rope.frequencies(config.key_size, base=config.rotary_base))
+    q, k = (rotate(gau.scale_offset(z, w[f"gamma_{name}"], w.get(f"beta_{name}")), turn) for name in "qk")
+    keys = grown(operation, past, k, v, inputs.mask)
+    scores = np.einsum("...ns,...ms->...nm", q, keys.k) / divisor
+    # A kernel that counts finds all keys that a causal row sees.
+    mixed = np.einsum("...nm,...me->...ne", kernel(scores, seen(keys, x.shape[-2])), keys.v)
+    return attention.project(u * mixed, w["w_out"], w.get("b_out")), keys
 
 
 def feed_forward(weights: Weights, x: np.ndarray, config: Any) -> Float[np.ndarray, "*b n d"]:

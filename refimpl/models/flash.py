@@ -10,7 +10,6 @@ stands on y is in _heads.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -20,7 +19,7 @@ from refimpl import check
 from refimpl.config import check_types
 from refimpl.models import _encoder
 from refimpl.models._encoder import Shapes, State, Weights
-from refimpl.ops import attention_kernel, mixed_chunk_attention, norm, rope
+from refimpl.ops import mixed_chunk_attention, norm, rope
 
 # For each way of reading, the normalisers that were written for the other one.
 _FOR_THE_OTHER = {"bidirectional": "lucidrains_causal", "causal": "lucidrains"}
@@ -91,10 +90,8 @@ def layer_shapes(config: Config) -> Shapes:
 
 def shapes(config: Config) -> Shapes:
     """The name and shape of every weight of the encoder; kernels are (in, out)."""
-    d = config.hidden_size
     layers = _encoder.layered(layer_shapes(config), config.layers)
-    last = {"final_norm.scale": (d,), "final_norm.bias": (d,)}
-    return {**_encoder.embedding_shapes(config), **dict(layers), **last}
+    return {**_encoder.embedding_shapes(config), **dict(layers), **_encoder.final_norm_shapes(config)}
 
 
 def parameters(config: Config) -> int:
@@ -132,16 +129,14 @@ def hidden_states(
     Differs: the paper adds scaled sinusoids to the embedding and a relative bias to the scores; FLASH-pytorch shifts
         half of the features by one token, and rotates 32 features only.
     """
-    operation = "flash.hidden_states"
-    weights = _encoder.checked_weights(operation, weights, shapes(config))
-    inputs = _encoder.checked_inputs(operation, token_ids, segment_ids, mask, config)
-    positions = _encoder.checked_positions(operation, positions, inputs)
-    mix = getattr(mixed_chunk_attention, config.mix)
-    states = [_encoder.embed(weights, inputs, epsilon=config.epsilon)]
-    for index in range(config.layers):
-        w = _encoder.layer_of(weights, index)
-        states.append(_layer(w, states[-1], inputs.mask, positions, config, mix))
-    return _closed(weights, states, config)
+    given = token_ids, segment_ids, mask, positions
+    weights, inputs = _encoder.checked("flash.hidden_states", weights, shapes(config), given, config)
+
+    def through(w: Weights, x: np.ndarray) -> np.ndarray:
+        return _layer(w, x, inputs, config, getattr(mixed_chunk_attention, config.mix))
+
+    states = _encoder.encoded(weights, _encoder.embed(weights, inputs, config), config, through)
+    return _encoder.closed(weights, states, config)
 
 
 def initial_state(config: Config, *, batch: tuple[int, ...]) -> State:
@@ -169,14 +164,11 @@ def step(
         but a state and a Config whose `mix` is not causal.
     Precision: as `hidden_states`.
     """
-    operation = "flash.step"
-    weights = _encoder.checked_weights(operation, weights, shapes(config))
-    state = _encoder.checked_state(operation, state, config)
-    inputs = _encoder.checked_inputs(operation, token_ids, segment_ids, mask, config)
-    positions = _encoder.checked_positions(operation, positions, inputs, first=state.tokens)
+    operation, given = "flash.step", (token_ids, segment_ids, mask, positions)
+    weights, state, inputs = _encoder.checked_piece(operation, weights, shapes(config), state, given, config)
     check.domain(operation, config.mix == "causal", "mix causal, since no token may read a later one", mix=config.mix)
 
-    def behind(index: int, x: np.ndarray, past: Any) -> tuple[np.ndarray, Any]:
+    def through(w: Weights, x: np.ndarray, past: Any) -> tuple[np.ndarray, Any]:
         summed = isinstance(past, mixed_chunk_attention.State)
         check.domain(operation, summed, "a state that keeps sums in every layer", received=type(past))
         kept = []
@@ -190,41 +182,20 @@ def step(
             kept.append(now)
             return mixed
 
-        x = _layer(_encoder.layer_of(weights, index), x, inputs.mask, positions, config, mix)
-        return x, kept[0]
+        return _layer(w, x, inputs, config, mix), kept[0]
 
-    states, state = _encoder.stepped(state, _encoder.embed(weights, inputs, epsilon=config.epsilon), behind)
-    return _closed(weights, states, config), state
+    states, state = _encoder.stepped(weights, state, _encoder.embed(weights, inputs, config), through)
+    return _encoder.closed(weights, states, config), state
 
 
 def _layer(
-    w: Weights, x: np.ndarray, mask: np.ndarray, positions: np.ndarray, config: Config, mix: Callable[..., np.ndarray]
+    w: Weights, x: np.ndarray, inputs: _encoder.Inputs, config: Config, mix: Callable[..., np.ndarray]
 ) -> np.ndarray:
     unit = mixed_chunk_attention.unit(
-        norm.layer_norm(x, w["norm_scale"], w["norm_bias"], epsilon=config.epsilon), mask, None, None,
-        positions, rope.frequencies(config.key_size, base=config.rotary_base),
-        w["w_in"], w["b_in"], w["gamma"], w["beta"], w["w_out"], w["b_out"], mix=mix, **_rule(config),
+        norm.layer_norm(x, w["norm_scale"], w["norm_bias"], epsilon=config.epsilon), inputs.mask, None, None,
+        inputs.positions, rope.frequencies(config.key_size, base=config.rotary_base),
+        w["w_in"], w["b_in"], w["gamma"], w["beta"], w["w_out"], w["b_out"], mix=mix,
+        rotate=_encoder.ROTATIONS[config.rotation], rows=config.row_order, chunk=config.chunk, scale=config.scale,
+        kernel=_encoder.KERNELS[config.kernel], normaliser=getattr(mixed_chunk_attention, config.normaliser),
     )  # fmt: skip
     return x + unit
-
-
-def _closed(weights: Weights, states: list[np.ndarray], config: Config) -> list[np.ndarray]:
-    """The states with the last one normalised."""
-    scale, bias = weights["final_norm.scale"], weights["final_norm.bias"]
-    return [*states[:-1], norm.layer_norm(states[-1], scale, bias, epsilon=config.epsilon)]
-
-
-def _rule(config: Config) -> dict[str, Any]:
-    kernels: dict[str, Callable[..., np.ndarray]] = {
-        "squared_relu": partial(attention_kernel.squared_relu_constant, length=1),
-        "laplace": attention_kernel.laplace,
-    }
-    rotations = {"interleaved": rope.rotate_interleaved, "half_split": rope.rotate_half_split}
-    return {
-        "rotate": rotations[config.rotation],
-        "rows": config.row_order,
-        "chunk": config.chunk,
-        "scale": config.scale,
-        "kernel": kernels[config.kernel],
-        "normaliser": getattr(mixed_chunk_attention, config.normaliser),
-    }

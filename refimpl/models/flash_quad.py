@@ -24,9 +24,8 @@ from jaxtyping import Float, Shaped
 from refimpl import check
 from refimpl.config import check_types
 from refimpl.models import _encoder
-from refimpl.models._encoder import Keys, Shapes, State, Weights
+from refimpl.models._encoder import Shapes, State, Weights
 from refimpl.ops import attention_kernel, gau, norm, rope
-from refimpl.ops.attention import project
 
 Kernel = Callable[[np.ndarray, np.ndarray | None], np.ndarray]
 
@@ -83,10 +82,8 @@ def layer_shapes(config: Config) -> Shapes:
 
 def shapes(config: Config) -> Shapes:
     """The name and shape of every weight of the encoder; kernels are (in, out)."""
-    d = config.hidden_size
     layers = _encoder.layered(layer_shapes(config), config.layers)
-    last = {"final_norm.scale": (d,), "final_norm.bias": (d,)}
-    return {**_encoder.embedding_shapes(config), **dict(layers), **last}
+    return {**_encoder.embedding_shapes(config), **dict(layers), **_encoder.final_norm_shapes(config)}
 
 
 def parameters(config: Config) -> int:
@@ -133,25 +130,20 @@ def hidden_states(
         fall as 1 / n_i, and not as 1 / n_i²; https://kexue.fm/archives/9019 finds that a constant transfers to other
         lengths better than n. The paper says nothing on padding; `visible` counts as mixed_chunk_attention.visible.
     """
-    operation = "flash_quad.hidden_states"
-    weights = _encoder.checked_weights(operation, weights, shapes(config))
-    inputs = _encoder.checked_inputs(operation, token_ids, segment_ids, mask, config)
-    positions = _encoder.checked_positions(operation, positions, inputs)
+    given = token_ids, segment_ids, mask, positions
+    weights, inputs = _encoder.checked("flash_quad.hidden_states", weights, shapes(config), given, config)
     keys = visible(inputs.mask, inputs.segment_ids)
-    frequencies = rope.frequencies(config.key_size, base=config.rotary_base)
-    rule = _rule(config, inputs.token_ids.shape[-1])
-    states = [_encoder.embed(weights, inputs, epsilon=config.epsilon)]
-    for index in range(config.layers):
-        w = _encoder.layer_of(weights, index)
-        normalise = partial(norm.layer_norm, scale=w["norm_scale"], bias=w["norm_bias"], epsilon=config.epsilon)
-        x = gau.block_pre_norm(
-            states[-1], keys, None, positions, frequencies,
+
+    def through(w: Weights, x: np.ndarray) -> np.ndarray:
+        return gau.block_pre_norm(
+            x, keys, None, inputs.positions, rope.frequencies(config.key_size, base=config.rotary_base),
             w["w_in"], w["b_in"], w["gamma_q"], w["beta_q"], w["gamma_k"], w["beta_k"], w["w_out"], w["b_out"],
-            **rule, norm=normalise,
+            length=_length(config, x.shape[-2]), rotate=_encoder.ROTATIONS[config.rotation], kernel=_kernel(config),
+            norm=partial(norm.layer_norm, scale=w["norm_scale"], bias=w["norm_bias"], epsilon=config.epsilon),
         )  # fmt: skip
-        states.append(x)
-    scale, bias = weights["final_norm.scale"], weights["final_norm.bias"]
-    return [*states[:-1], norm.layer_norm(states[-1], scale, bias, epsilon=config.epsilon)]
+
+    states = _encoder.encoded(weights, _encoder.embed(weights, inputs, config), config, through)
+    return _encoder.closed(weights, states, config)
 
 
 def initial_state(config: Config, *, batch: tuple[int, ...]) -> State:
@@ -160,8 +152,7 @@ def initial_state(config: Config, *, batch: tuple[int, ...]) -> State:
     Raises: DomainError for the divisor array.
     """
     _check_streams("flash_quad.initial_state", config)
-    keys = _encoder.no_keys(batch=batch, key=(config.key_size,), value=(config.expanded_size,))
-    return State(0, (keys,) * config.layers)
+    return _encoder.units_state(config, batch)
 
 
 def step(
@@ -183,35 +174,21 @@ def step(
         but a state, and for the divisor array, which counts what is still to come.
     Precision: as `hidden_states`.
     """
-    operation = "flash_quad.step"
+    operation, given = "flash_quad.step", (token_ids, segment_ids, mask, positions)
     _check_streams(operation, config)
-    weights = _encoder.checked_weights(operation, weights, shapes(config))
-    state = _encoder.checked_state(operation, state, config)
-    inputs = _encoder.checked_inputs(operation, token_ids, segment_ids, mask, config)
-    positions = _encoder.checked_positions(operation, positions, inputs, first=state.tokens)
+    weights, state, inputs = _encoder.checked_piece(operation, weights, shapes(config), state, given, config)
 
-    def behind(index: int, x: np.ndarray, past: Any) -> tuple[np.ndarray, Any]:
-        return _layer_step(_encoder.layer_of(weights, index), x, inputs.mask, positions, past, config)
+    def through(w: Weights, x: np.ndarray, past: Any) -> tuple[np.ndarray, Any]:
+        """gau.block_pre_norm, whose queries meet the keys of earlier tokens too."""
+        normed = norm.layer_norm(x, w["norm_scale"], w["norm_bias"], epsilon=config.epsilon)
+        unit, keys = _encoder.unit_step(
+            operation, w, normed, inputs, past, config, rotate=_encoder.ROTATIONS[config.rotation],
+            kernel=_kernel(config), divisor=_length(config, x.shape[-2]),
+        )  # fmt: skip
+        return x + unit, keys
 
-    states, state = _encoder.stepped(state, _encoder.embed(weights, inputs, epsilon=config.epsilon), behind)
-    scale, bias = weights["final_norm.scale"], weights["final_norm.bias"]
-    return [*states[:-1], norm.layer_norm(states[-1], scale, bias, epsilon=config.epsilon)], state
-
-
-def _layer_step(
-    w: Weights, x: np.ndarray, mask: np.ndarray, positions: np.ndarray, past: Keys, config: Config
-) -> tuple[np.ndarray, Keys]:
-    """gau.block_pre_norm, whose queries meet the keys of earlier tokens too."""
-    rule = _rule(config, x.shape[-2])
-    normed = norm.layer_norm(x, w["norm_scale"], w["norm_bias"], epsilon=config.epsilon)
-    u, v, z = gau.parts(normed, w["w_in"], w["b_in"], key_width=config.key_size)
-    turn = rope.angles(positions, rope.frequencies(config.key_size, base=config.rotary_base))
-    q, k = (rule["rotate"](gau.scale_offset(z, w[f"gamma_{name}"], w[f"beta_{name}"]), turn) for name in "qk")
-    keys = _encoder.grown("flash_quad.step", past, k, v, mask)
-    scores = np.einsum("...ns,...ms->...nm", q, keys.k) / rule["length"]
-    # `visible` counts the keys that a row sees, and those of a causal row are all here.
-    seen = rule["kernel"](scores, _encoder.seen(keys, x.shape[-2]))
-    return x + project(u * np.einsum("...nm,...me->...ne", seen, keys.v), w["w_out"], w["b_out"]), keys
+    states, state = _encoder.stepped(weights, state, _encoder.embed(weights, inputs, config), through)
+    return _encoder.closed(weights, states, config), state
 
 
 def _check_streams(operation: str, config: Config) -> None:
@@ -219,18 +196,14 @@ def _check_streams(operation: str, config: Config) -> None:
     check.domain(operation, fits, expected, divisor=config.divisor)
 
 
-def _rule(config: Config, n: int) -> dict[str, Any]:
-    kernels: dict[str, Kernel] = {
-        "squared_relu": partial(attention_kernel.squared_relu_constant, length=1),
-        "laplace": attention_kernel.laplace,
-    }
-    rotations = {"interleaved": rope.rotate_interleaved, "half_split": rope.rotate_half_split}
-    kernel = kernels[config.kernel]
-    if config.divisor == "visible":
-        kernel = partial(_over_visible, kernel=kernel)
+def _length(config: Config, n: int) -> int:
     # An empty array has no scores to divide.
-    lengths = {"array": max(n, 1), "constant": config.length, "visible": 1}
-    return {"length": lengths[config.divisor], "rotate": rotations[config.rotation], "kernel": kernel}
+    return {"array": max(n, 1), "constant": config.length, "visible": 1}[config.divisor]
+
+
+def _kernel(config: Config) -> Kernel:
+    kernel = _encoder.KERNELS[config.kernel]
+    return partial(_over_visible, kernel=kernel) if config.divisor == "visible" else kernel
 
 
 def _over_visible(scores: np.ndarray, mask: np.ndarray | None, *, kernel: Kernel) -> np.ndarray:

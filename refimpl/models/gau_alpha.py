@@ -17,9 +17,8 @@ from jaxtyping import Float, Shaped
 
 from refimpl.config import check_types
 from refimpl.models import _encoder
-from refimpl.models._encoder import Keys, Shapes, State, Weights
+from refimpl.models._encoder import Shapes, State, Weights
 from refimpl.ops import gau, norm, rope
-from refimpl.ops.attention import project
 from refimpl.ops.attention_kernel import softmax_plus
 
 # The epsilon of every norm and the floor of softmax_plus. The model was released with bert4keras 0.11.3; 0.11.4 changed
@@ -122,29 +121,23 @@ def hidden_states(
     Source: as the module.
     Differs: bert4keras hides id 0 unless told otherwise (_encoder.mask_from_ids_bert4keras). See `dialect`.
     """
-    operation = "gau_alpha.hidden_states"
-    weights = _encoder.checked_weights(operation, weights, shapes(config))
-    inputs = _encoder.checked_inputs(operation, token_ids, segment_ids, mask, config)
-    positions = _encoder.checked_positions(operation, positions, inputs)
+    given = token_ids, segment_ids, mask, positions
+    weights, inputs = _encoder.checked("gau_alpha.hidden_states", weights, shapes(config), given, config)
     keys = visible(inputs.mask, inputs.segment_ids)
-    frequencies = rope.frequencies(config.key_size, base=config.rotary_base)
-    kernel = partial(softmax_plus, n_min=config.n_min)
-    states = [_encoder.embed(weights, inputs, epsilon=config.epsilon)]
-    for index in range(config.layers):
-        w = _encoder.layer_of(weights, index)
-        x = gau.block_post_norm(
-            states[-1], keys, None, positions, frequencies,
+
+    def through(w: Weights, x: np.ndarray) -> np.ndarray:
+        return gau.block_post_norm(
+            x, keys, None, inputs.positions, rope.frequencies(config.key_size, base=config.rotary_base),
             w["w_in"], None, w["gamma_q"], None, w["gamma_k"], None, w["w_out"], None,
-            rotate=rope.rotate_interleaved, kernel=kernel, epsilon=config.epsilon,
+            rotate=rope.rotate_interleaved, kernel=partial(softmax_plus, n_min=config.n_min), epsilon=config.epsilon,
         )  # fmt: skip
-        states.append(x)
-    return states
+
+    return _encoder.encoded(weights, _encoder.embed(weights, inputs, config), config, through)
 
 
 def initial_state(config: Config, *, batch: tuple[int, ...]) -> State:
     """The state before the first token of `batch` texts: no layer has a key."""
-    keys = _encoder.no_keys(batch=batch, key=(config.key_size,), value=(config.expanded_size,))
-    return State(0, (keys,) * config.layers)
+    return _encoder.units_state(config, batch)
 
 
 def step(
@@ -166,28 +159,15 @@ def step(
         but a state.
     Precision: as `hidden_states`.
     """
-    operation = "gau_alpha.step"
-    weights = _encoder.checked_weights(operation, weights, shapes(config))
-    state = _encoder.checked_state(operation, state, config)
-    inputs = _encoder.checked_inputs(operation, token_ids, segment_ids, mask, config)
-    positions = _encoder.checked_positions(operation, positions, inputs, first=state.tokens)
+    operation, given = "gau_alpha.step", (token_ids, segment_ids, mask, positions)
+    weights, state, inputs = _encoder.checked_piece(operation, weights, shapes(config), state, given, config)
 
-    def behind(index: int, x: np.ndarray, past: Any) -> tuple[np.ndarray, Any]:
-        return _layer_step(_encoder.layer_of(weights, index), x, inputs.mask, positions, past, config)
+    def through(w: Weights, x: np.ndarray, past: Any) -> tuple[np.ndarray, Any]:
+        """gau.block_post_norm, whose queries meet the keys of earlier tokens too."""
+        unit, keys = _encoder.unit_step(
+            operation, w, x, inputs, past, config, rotate=rope.rotate_interleaved,
+            kernel=partial(softmax_plus, n_min=config.n_min), divisor=math.sqrt(config.key_size),
+        )  # fmt: skip
+        return norm.rms_norm(x + unit, epsilon=config.epsilon), keys
 
-    return _encoder.stepped(state, _encoder.embed(weights, inputs, epsilon=config.epsilon), behind)
-
-
-def _layer_step(
-    w: Weights, x: np.ndarray, mask: np.ndarray, positions: np.ndarray, past: Keys, config: Config
-) -> tuple[np.ndarray, Keys]:
-    """gau.block_post_norm, whose queries meet the keys of earlier tokens too."""
-    u, v, z = gau.parts(x, w["w_in"], None, key_width=config.key_size)
-    turn = rope.angles(positions, rope.frequencies(config.key_size, base=config.rotary_base))
-    q, k = (rope.rotate_interleaved(gau.scale_offset(z, w[name], None), turn) for name in ("gamma_q", "gamma_k"))
-    keys = _encoder.grown("gau_alpha.step", past, k, v, mask)
-    scores = np.einsum("...ns,...ms->...nm", q, keys.k) / math.sqrt(config.key_size)
-    # softmax_plus counts the visible keys of a row, and those of a causal row are all here.
-    seen = softmax_plus(scores, _encoder.seen(keys, x.shape[-2]), n_min=config.n_min)
-    unit = project(u * np.einsum("...nm,...me->...ne", seen, keys.v), w["w_out"], None)
-    return norm.rms_norm(x + unit, epsilon=config.epsilon), keys
+    return _encoder.stepped(weights, state, _encoder.embed(weights, inputs, config), through)

@@ -17,7 +17,7 @@ from jaxtyping import Float, Shaped
 from refimpl.config import check_types
 from refimpl.models import _encoder
 from refimpl.models._encoder import Activation, Shapes, State, Sublayers, Weights
-from refimpl.ops import attention, norm
+from refimpl.ops import norm
 
 # Of every norm, and of the norm inside the masked-language head. bert4keras changed the first in 0.11.4 and kept the
 # second. "gelu" in their configurations is the erf form in all of them.
@@ -156,15 +156,14 @@ def hidden_states(
     Differs: bert4keras hides id 0 unless told otherwise (_encoder.mask_from_ids_bert4keras). JunnYu adds -1e4 to the
         scores of hidden keys: a token that sees no key attends to all of them there, and to nothing here.
     """
-    operation = "roformer.hidden_states"
-    weights = _encoder.checked_weights(operation, weights, shapes(config))
-    inputs = _encoder.checked_inputs(operation, token_ids, segment_ids, mask, config)
-    positions = _encoder.checked_positions(operation, positions, inputs)
+    given = token_ids, segment_ids, mask, positions
+    weights, inputs = _encoder.checked("roformer.hidden_states", weights, shapes(config), given, config)
     keys = visible(inputs.mask, inputs.segment_ids)
-    states = [_embedding(weights, inputs, config)]
-    for index in range(config.layers):
-        states.append(layer(_encoder.layer_of(weights, index), states[-1], keys, positions, config=config).output)
-    return states
+
+    def through(w: Weights, x: np.ndarray) -> np.ndarray:
+        return layer(w, x, keys, inputs.positions, config=config).output
+
+    return _encoder.encoded(weights, _embedding(weights, inputs, config), config, through)
 
 
 def initial_state(config: Config, *, batch: tuple[int, ...]) -> State:
@@ -191,18 +190,14 @@ def step(
         but a state.
     Precision: as `hidden_states`.
     """
-    operation = "roformer.step"
-    weights = _encoder.checked_weights(operation, weights, shapes(config))
-    state = _encoder.checked_state(operation, state, config)
-    inputs = _encoder.checked_inputs(operation, token_ids, segment_ids, mask, config)
-    positions = _encoder.checked_positions(operation, positions, inputs, first=state.tokens)
+    operation, given = "roformer.step", (token_ids, segment_ids, mask, positions)
+    weights, state, inputs = _encoder.checked_piece(operation, weights, shapes(config), state, given, config)
 
-    def behind(index: int, x: np.ndarray, past: Any) -> tuple[np.ndarray, Any]:
-        w = _encoder.layer_of(weights, index)
-        attended, keys = _encoder.self_attention_step(operation, w, x, inputs.mask, positions, past, config)
+    def through(w: Weights, x: np.ndarray, past: Any) -> tuple[np.ndarray, Any]:
+        attended, keys = _encoder.self_attention_step(operation, w, x, inputs, past, config)
         return _sublayers(w, x, attended, config).output, keys
 
-    return _encoder.stepped(state, _embedding(weights, inputs, config), behind)
+    return _encoder.stepped(weights, state, _embedding(weights, inputs, config), through)
 
 
 def layer(
@@ -236,6 +231,4 @@ def _sublayers(w: Weights, x: np.ndarray, attended: np.ndarray, config: Config) 
 def _embedding(weights: Weights, inputs: _encoder.Inputs, config: Config) -> np.ndarray:
     x = weights["embedding.token"][inputs.token_ids] + weights["embedding.segment"][inputs.segment_ids]
     x = norm.layer_norm(x, weights["embedding.norm.scale"], weights["embedding.norm.bias"], epsilon=config.epsilon)
-    if config.embedding_size == config.hidden_size:
-        return x
-    return attention.project(x, weights["embedding.mapping.kernel"], weights["embedding.mapping.bias"])
+    return _encoder.mapped(weights, x)

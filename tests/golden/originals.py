@@ -306,7 +306,10 @@ def errors(got, expected):
     """The largest error of every array of real numbers in `expected`, against its largest magnitude."""
     real = {name: array for name, array in expected.items() if array.dtype.kind == "f"}
     assert real.keys() <= got.keys(), sorted(real.keys() - got.keys())
-    return {name: float(np.abs(got[name] - array).max() / np.abs(array).max()) for name, array in real.items()}
+    assert [name for name, array in real.items() if got[name].shape != array.shape] == []
+    # NaN is beyond every bound.
+    apart = {name: np.nan_to_num(np.abs(got[name] - array), nan=np.inf) for name, array in real.items()}
+    return {name: float(apart[name].max() / np.abs(array).max()) for name, array in real.items()}
 
 
 def softmax(logits):

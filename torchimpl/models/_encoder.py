@@ -22,7 +22,7 @@ from torch.nn import functional
 from refimpl.models import _encoder as specification
 from torchimpl import check
 from torchimpl.dropout import Dropout
-from torchimpl.ops import activation, attention, attention_kernel, norm, rope
+from torchimpl.ops import activation, attention, attention_kernel, gau, norm, rope
 
 # Gate, value and output: the matrices whose product a gated attention unit adds to its input.
 GAU_ORDER = 3
@@ -41,14 +41,25 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": activation.relu,
     "silu": activation.silu,
 }
+# Of flash and flash_quad, which divide by a length elsewhere.
+KERNELS: dict[str, Callable[..., Tensor]] = {
+    "squared_relu": partial(attention_kernel.squared_relu_constant, length=1),
+    "laplace": attention_kernel.laplace,
+}
+ROTATIONS = {"interleaved": rope.rotate_interleaved, "half_split": rope.rotate_half_split}
 
 
 class Inputs(NamedTuple):
-    """Token and segment ids, and which tokens are real: None where all are."""
+    """Token and segment ids, which tokens are real (None where all are), and where they stand."""
 
     token_ids: Int[Tensor, "*b n"]
     segment_ids: Int[Tensor, "*b n"]
     mask: Bool[Tensor, "*b n"] | None
+    positions: Int[Tensor, "*p n"]
+
+
+# Token ids, segment ids, mask and positions as a model takes them.
+Given = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]
 
 
 class Keys(NamedTuple):
@@ -126,6 +137,10 @@ class LayerNorm(nn.Module):
 
     def forward(self, x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b d"]:
         return norm.layer_norm(x, self.scale, self.bias, epsilon=self.epsilon)
+
+    def reset_parameters(self) -> None:
+        nn.init.ones_(self.scale)
+        nn.init.zeros_(self.bias)
 
 
 class Mapping(nn.Module):
@@ -245,16 +260,12 @@ class Transformer(nn.Module):
         Raises: ShapeError for ids and masks that are not of one shape and positions that are neither (n,) nor of that
             shape; DomainError for other dtypes.
         """
-        operation = f"{self.config.model}.hidden_states"
-        inputs = checked_inputs(operation, token_ids, segment_ids, mask)
-        positions = checked_positions(operation, positions, inputs)
-        _, frequencies = placed(inputs.token_ids, self.config)
-        keys = visible(inputs.mask, inputs.segment_ids)
-        keys = None if keys is None else self.seen(keys)
-        states = [self.embedding(inputs)]
-        for layer in self.layers:
-            states.append(layer(states[-1], keys, positions, frequencies))
-        return states
+
+        def keys(inputs: Inputs) -> Tensor | None:
+            made = visible(inputs.mask, inputs.segment_ids)
+            return None if made is None else self.seen(made)
+
+        return encoded(self, (token_ids, segment_ids, mask, positions), keys)
 
     def forward(
         self,
@@ -288,11 +299,7 @@ class Transformer(nn.Module):
         Raises: as `hidden_states`; ShapeError for a state of other texts or of another Config; DomainError for anything
             but a state.
         """
-        operation = f"{self.config.model}.step"
-        state = checked_state(operation, state, self.config)
-        inputs = checked_inputs(operation, token_ids, segment_ids, mask)
-        positions = checked_positions(operation, positions, inputs, first=state.tokens)
-        return stepped(self, state, inputs, positions)
+        return stepped(self, state, (token_ids, segment_ids, mask, positions))
 
 
 def add_parameters(module: nn.Module, shapes: dict[str, tuple[int, ...]], prefix: str = "") -> None:
@@ -301,10 +308,20 @@ def add_parameters(module: nn.Module, shapes: dict[str, tuple[int, ...]], prefix
         module.register_parameter(name.removeprefix(prefix), nn.Parameter(torch.empty(shape)))
 
 
-def checked_inputs(operation: str, token_ids: Tensor, segment_ids: Tensor | None, mask: Tensor | None) -> Inputs:
+def checked_inputs(
+    operation: str,
+    token_ids: Tensor,
+    segment_ids: Tensor | None,
+    mask: Tensor | None,
+    positions: Tensor | None,
+    *,
+    first: int = 0,
+) -> Inputs:
     """Integers and a boolean mask of one shape; whether ids are within their tables is not looked at.
 
-    Raises: ShapeError unless all are of one shape (..., n); DomainError for other dtypes.
+    Without positions a token is at its place in the array, counted from `first`.
+    Raises: ShapeError unless all are of one shape (..., n), which for positions may be (n,); DomainError for other
+        dtypes.
     """
     token_ids = check.integer(operation, "token_ids", token_ids)
     check.shape(operation, token_ids.ndim >= 1, "token_ids of shape (..., n)", token_ids=token_ids)
@@ -316,15 +333,20 @@ def checked_inputs(operation: str, token_ids: Tensor, segment_ids: Tensor | None
         received["mask"] = check.boolean(operation, "mask", mask)
         fits = fits and token_ids.shape == mask.shape
     check.shape(operation, fits, "token_ids, segment_ids and mask of one shape (..., n)", **received)
-    return Inputs(token_ids, segment_ids, mask)
+    if positions is None:
+        places = torch.arange(first, first + token_ids.shape[-1], device=token_ids.device)
+        return Inputs(token_ids, segment_ids, mask, places)
+    positions = check.integer(operation, "positions", positions)
+    fits = positions.shape == token_ids.shape or positions.shape == token_ids.shape[-1:]
+    check.shape(operation, fits, "positions (n,) or (..., n)", positions=positions, token_ids=token_ids)
+    return Inputs(token_ids, segment_ids, mask, positions)
 
 
-def placed(token_ids: Int[Tensor, "*b n"], config: Any) -> tuple[Int[Tensor, " n"], Float[Tensor, " r"]]:
-    """Positions 0, 1, 2, ... and the frequencies of the rotation, on the device of the ids."""
-    positions = torch.arange(token_ids.shape[-1], device=token_ids.device)
+def frequencies_of(config: Any, device: torch.device) -> Float[Tensor, " r"]:
+    """The frequencies of the rotation."""
     # An angle at position 1 is the frequency itself, in the widest format that the device has.
-    one = torch.ones((), dtype=torch.int64, device=token_ids.device)
-    return positions, rope.angles(one, rope.frequencies(config.key_size, base=config.rotary_base))
+    one = torch.ones((), dtype=torch.int64, device=device)
+    return rope.angles(one, rope.frequencies(config.key_size, base=config.rotary_base))
 
 
 def gain(layers: int, order: int) -> float:
@@ -353,22 +375,6 @@ def mask_from_ids_bert4keras(token_ids: Int[Tensor, "*b n"]) -> Bool[Tensor, "*b
     return (token_ids != 0) | (torch.arange(token_ids.shape[-1], device=token_ids.device) == 0)
 
 
-def checked_positions(
-    operation: str, positions: Tensor | None, inputs: Inputs, *, first: int = 0
-) -> Int[Tensor, "*p n"]:
-    """Integer positions of the tokens, first, first + 1, ... of the array where none are given.
-
-    Raises: DomainError unless integers; ShapeError unless of shape (n,) or that of the token ids.
-    """
-    ids = inputs.token_ids
-    if positions is None:
-        return torch.arange(first, first + ids.shape[-1], device=ids.device)
-    positions = check.integer(operation, "positions", positions)
-    fits = positions.shape == ids.shape or positions.shape == ids.shape[-1:]
-    check.shape(operation, fits, "positions (n,) or (..., n)", positions=positions, token_ids=ids)
-    return positions
-
-
 def checked_state(operation: str, state: State, config: Any) -> State:
     """A state with something for every layer; what a layer keeps is checked where it is read.
 
@@ -381,16 +387,64 @@ def checked_state(operation: str, state: State, config: Any) -> State:
     return state
 
 
-def stepped(encoder: nn.Module, state: State, inputs: Inputs, positions: Tensor) -> tuple[list[Tensor], State]:
-    """The embedding of the next tokens, the output of every layer, and the state after them."""
-    _, frequencies = placed(inputs.token_ids, encoder.config)
+def encoded(encoder: nn.Module, given: Given, keys: Callable[[Inputs], Tensor | None]) -> list[Tensor]:
+    """The embedding, then the output of every layer; keys: of checked inputs, to the mask that a layer takes.
+
+    Raises: as `checked_inputs`.
+    """
+    inputs = checked_inputs(f"{encoder.config.model}.hidden_states", *given)
+    frequencies = frequencies_of(encoder.config, inputs.token_ids.device)
+    seen, states = keys(inputs), [encoder.embedding(inputs)]
+    for layer in encoder.layers:
+        states.append(layer(states[-1], seen, inputs.positions, frequencies))
+    return states
+
+
+def stepped(encoder: nn.Module, state: State, given: Given) -> tuple[list[Tensor], State]:
+    """`encoded` of the next tokens of a causal stream, and the state after them.
+
+    Raises: as `checked_state` and `checked_inputs`, in that order.
+    """
+    operation = f"{encoder.config.model}.step"
+    state = checked_state(operation, state, encoder.config)
+    inputs = checked_inputs(operation, *given, first=state.tokens)
+    frequencies = frequencies_of(encoder.config, inputs.token_ids.device)
     mask = torch.ones_like(inputs.token_ids, dtype=torch.bool) if inputs.mask is None else inputs.mask
     states, kept = [encoder.embedding(inputs)], []
     for layer, past in zip(encoder.layers, state.layers, strict=True):
-        x, now = layer.step(states[-1], mask, positions, frequencies, past)
+        x, now = layer.step(states[-1], mask, inputs.positions, frequencies, past)
         states.append(x)
         kept.append(now)
     return states, State(state.tokens + inputs.token_ids.shape[-1], tuple(kept))
+
+
+def closed(encoder: nn.Module, states: list[Tensor]) -> list[Tensor]:
+    """The states with the last one normalised."""
+    return [*states[:-1], encoder.final_norm(states[-1])]
+
+
+def unit_step(
+    operation: str, layer: nn.Module, x: Tensor, mask: Tensor, positions: Tensor, frequencies: Tensor, past: Keys, *,
+    rotate: Callable[[Tensor, Tensor], Tensor], kernel: Callable[..., Tensor], scale: float,
+) -> tuple[Tensor, Keys]:  # fmt: skip
+    """A gated attention unit of the next tokens of a causal stream, with the biases that there are, and its keys."""
+    u, v, z = gau.parts(x, layer.w_in, getattr(layer, "b_in", None), key_width=layer.gamma_q.shape[0])
+    turn = rope.angles(positions, frequencies)
+    pairs = ((getattr(layer, f"gamma_{name}"), getattr(layer, f"beta_{name}", None)) for name in "qk")
+    q, k = (rotate(gau.scale_offset(z, *pair), turn) for pair in pairs)
+    keys = grown(operation, past, k, v, mask)
+    # One head, whose values are wider than its keys. A kernel that counts finds all keys that a causal row sees.
+    mixed = attention.attend(
+        q[..., None, :], keys.k[..., None, :], keys.v[..., None, :],
+        attention.per_head(seen(keys, x.shape[-2])), kernel=kernel, scale=scale,
+    )[..., 0, :]  # fmt: skip
+    return attention.project(u * mixed, layer.w_out, getattr(layer, "b_out", None)), keys
+
+
+def reset_units(encoder: nn.Module) -> None:
+    """New weights of the embedding and of every layer, which scale their kernels alike."""
+    for part in (encoder.embedding, *encoder.layers):
+        part.reset_parameters(gain(encoder.config.layers, GAU_ORDER))
 
 
 def no_keys(like: Tensor, batch: tuple[int, ...], key: tuple[int, ...], value: tuple[int, ...]) -> Keys:

@@ -7,7 +7,6 @@ unit before the residual sum. What stands on y is in _heads.
 """
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 from jaxtyping import Bool, Float, Int
@@ -17,7 +16,7 @@ from refimpl.models.flash import Config, layer_shapes
 from torchimpl import check
 from torchimpl.dropout import Dropout
 from torchimpl.models import _encoder
-from torchimpl.ops import attention_kernel, mixed_chunk_attention, norm, rope
+from torchimpl.ops import mixed_chunk_attention, norm
 
 # Of gamma at the start: heads that hardly attend, so that the residual path carries the first steps (arXiv:2202.10447).
 GAMMA_DEVIATION = 0.02
@@ -106,11 +105,8 @@ class Flash(nn.Module):
 
     def reset_parameters(self) -> None:
         """New weights from torch's generator: gammas near 0, norms the identity, biases 0, the rest as in _encoder."""
-        gain = _encoder.gain(self.config.layers, _encoder.GAU_ORDER)
-        for part in (self.embedding, *self.layers):
-            part.reset_parameters(gain)
-        nn.init.ones_(self.final_norm.scale)
-        nn.init.zeros_(self.final_norm.bias)
+        _encoder.reset_units(self)
+        self.final_norm.reset_parameters()
 
     def hidden_states(
         self,
@@ -124,13 +120,8 @@ class Flash(nn.Module):
         Raises: ShapeError for ids and masks that are not of one shape and positions that are neither (n,) nor of that
             shape; DomainError for other dtypes.
         """
-        inputs = _encoder.checked_inputs("flash.hidden_states", token_ids, segment_ids, mask)
-        positions = _encoder.checked_positions("flash.hidden_states", positions, inputs)
-        _, frequencies = _encoder.placed(inputs.token_ids, self.config)
-        states = [self.embedding(inputs)]
-        for layer in self.layers:
-            states.append(layer(states[-1], inputs.mask, positions, frequencies))
-        return [*states[:-1], self.final_norm(states[-1])]
+        given = token_ids, segment_ids, mask, positions
+        return _encoder.closed(self, _encoder.encoded(self, given, lambda inputs: inputs.mask))
 
     def forward(
         self,
@@ -164,24 +155,16 @@ class Flash(nn.Module):
         """
         mix = self.config.mix
         check.domain("flash.step", mix == "causal", "mix causal, since no token may read a later one", mix=mix)
-        state = _encoder.checked_state("flash.step", state, self.config)
-        inputs = _encoder.checked_inputs("flash.step", token_ids, segment_ids, mask)
-        positions = _encoder.checked_positions("flash.step", positions, inputs, first=state.tokens)
-        states, state = _encoder.stepped(self, state, inputs, positions)
-        return [*states[:-1], self.final_norm(states[-1])], state
+        states, state = _encoder.stepped(self, state, (token_ids, segment_ids, mask, positions))
+        return _encoder.closed(self, states), state
 
 
 def _rule(config: Config) -> dict[str, Any]:
-    kernels: dict[str, Callable[..., Tensor]] = {
-        "squared_relu": partial(attention_kernel.squared_relu_constant, length=1),
-        "laplace": attention_kernel.laplace,
-    }
-    rotations = {"interleaved": rope.rotate_interleaved, "half_split": rope.rotate_half_split}
     return {
-        "rotate": rotations[config.rotation],
+        "rotate": _encoder.ROTATIONS[config.rotation],
         "rows": config.row_order,
         "chunk": config.chunk,
         "scale": config.scale,
-        "kernel": kernels[config.kernel],
+        "kernel": _encoder.KERNELS[config.kernel],
         "normaliser": getattr(mixed_chunk_attention, config.normaliser),
     }

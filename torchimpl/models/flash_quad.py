@@ -11,7 +11,6 @@ in 300 steps with the divisor 512, and the task with gammas of 1, which is the s
 """
 
 from collections.abc import Callable
-from functools import partial
 
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
@@ -20,13 +19,7 @@ from refimpl.models.flash_quad import Config, layer_shapes
 from torchimpl import check
 from torchimpl.dropout import Dropout
 from torchimpl.models import _encoder
-from torchimpl.ops import attention, attention_kernel, gau, norm, rope
-
-KERNELS: dict[str, Callable[..., Tensor]] = {
-    "squared_relu": partial(attention_kernel.squared_relu_constant, length=1),
-    "laplace": attention_kernel.laplace,
-}
-ROTATIONS = {"interleaved": rope.rotate_interleaved, "half_split": rope.rotate_half_split}
+from torchimpl.ops import attention_kernel, gau, norm
 
 
 class Layer(nn.Module):
@@ -52,7 +45,7 @@ class Layer(nn.Module):
             norm.layer_norm(x, self.norm_scale, self.norm_bias, epsilon=self.config.epsilon),
             visible, None, positions, frequencies, self.w_in, self.b_in,
             self.gamma_q, self.beta_q, self.gamma_k, self.beta_k, self.w_out, self.b_out,
-            length=lengths[self.config.divisor], rotate=ROTATIONS[self.config.rotation], kernel=self._kernel,
+            length=lengths[self.config.divisor], rotate=_encoder.ROTATIONS[self.config.rotation], kernel=self._kernel,
         )  # fmt: skip
         # gau.block_pre_norm with a dropout between its parts.
         return x + self.hidden_dropout(unit)
@@ -71,23 +64,16 @@ class Layer(nn.Module):
     ) -> tuple[Float[Tensor, "*b n d"], _encoder.Keys]:
         """The layer on the next tokens of a causal stream, and what it keeps after them."""
         normed = norm.layer_norm(x, self.norm_scale, self.norm_bias, epsilon=self.config.epsilon)
-        u, v, z = gau.parts(normed, self.w_in, self.b_in, key_width=self.gamma_q.shape[0])
-        turn, rotate = rope.angles(positions, frequencies), ROTATIONS[self.config.rotation]
-        pairs = (self.gamma_q, self.beta_q), (self.gamma_k, self.beta_k)
-        q, k = (rotate(gau.scale_offset(z, *pair), turn) for pair in pairs)
-        keys = _encoder.grown("flash_quad.step", past, k, v, mask)
-        # One head, whose values are wider than its keys. `visible` counts the keys that a row sees: all are here.
-        mixed = attention.attend(
-            q[..., None, :], keys.k[..., None, :], keys.v[..., None, :],
-            attention.per_head(_encoder.seen(keys, x.shape[-2])),
-            kernel=self._kernel, scale=1 / max(self.config.length, 1),
-        )[..., 0, :]  # fmt: skip
-        return x + self.hidden_dropout(attention.project(u * mixed, self.w_out, self.b_out)), keys
+        unit, keys = _encoder.unit_step(
+            "flash_quad.step", self, normed, mask, positions, frequencies, past,
+            rotate=_encoder.ROTATIONS[self.config.rotation], kernel=self._kernel, scale=1 / max(self.config.length, 1),
+        )  # fmt: skip
+        return x + self.hidden_dropout(unit), keys
 
     def _kernel(self, scores: Tensor, mask: Tensor | None) -> Tensor:
         if self.config.divisor == "visible":
             scores = scores / attention_kernel.visible_lengths(scores, mask).clamp(min=1)
-        return self.attention_dropout(KERNELS[self.config.kernel](scores, mask))
+        return self.attention_dropout(_encoder.KERNELS[self.config.kernel](scores, mask))
 
     def reset_parameters(self, gain: float) -> None:
         for kernel in (self.w_in, self.w_out):
@@ -111,11 +97,8 @@ class FlashQuad(nn.Module):
 
     def reset_parameters(self) -> None:
         """New weights from torch's generator: gammas 1, norms the identity, biases 0, the rest as in _encoder."""
-        gain = _encoder.gain(self.config.layers, _encoder.GAU_ORDER)
-        for part in (self.embedding, *self.layers):
-            part.reset_parameters(gain)
-        nn.init.ones_(self.final_norm.scale)
-        nn.init.zeros_(self.final_norm.bias)
+        _encoder.reset_units(self)
+        self.final_norm.reset_parameters()
 
     def hidden_states(
         self,
@@ -132,14 +115,9 @@ class FlashQuad(nn.Module):
         Raises: ShapeError for ids and masks that are not of one shape and positions that are neither (n,) nor of that
             shape; DomainError for other dtypes.
         """
-        inputs = _encoder.checked_inputs("flash_quad.hidden_states", token_ids, segment_ids, mask)
-        positions = _encoder.checked_positions("flash_quad.hidden_states", positions, inputs)
-        _, frequencies = _encoder.placed(inputs.token_ids, self.config)
-        keys = visible(inputs.mask, inputs.segment_ids)
-        states = [self.embedding(inputs)]
-        for layer in self.layers:
-            states.append(layer(states[-1], keys, positions, frequencies))
-        return [*states[:-1], self.final_norm(states[-1])]
+        given = token_ids, segment_ids, mask, positions
+        states = _encoder.encoded(self, given, lambda inputs: visible(inputs.mask, inputs.segment_ids))
+        return _encoder.closed(self, states)
 
     def forward(
         self,
@@ -178,11 +156,8 @@ class FlashQuad(nn.Module):
             but a state, and for the divisor array.
         """
         self._check_streams("flash_quad.step")
-        state = _encoder.checked_state("flash_quad.step", state, self.config)
-        inputs = _encoder.checked_inputs("flash_quad.step", token_ids, segment_ids, mask)
-        positions = _encoder.checked_positions("flash_quad.step", positions, inputs, first=state.tokens)
-        states, state = _encoder.stepped(self, state, inputs, positions)
-        return [*states[:-1], self.final_norm(states[-1])], state
+        states, state = _encoder.stepped(self, state, (token_ids, segment_ids, mask, positions))
+        return _encoder.closed(self, states), state
 
     def _check_streams(self, operation: str) -> None:
         divisor, expected = self.config.divisor, "the divisor visible or constant, since no token may read a later one"

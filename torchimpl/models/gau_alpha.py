@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from refimpl.models.gau_alpha import Config, layer_shapes
 from torchimpl.dropout import Dropout
 from torchimpl.models import _encoder
-from torchimpl.ops import attention, gau, norm, rope
+from torchimpl.ops import gau, norm, rope
 from torchimpl.ops.attention_kernel import softmax_plus
 
 
@@ -56,19 +56,10 @@ class Layer(nn.Module):
         past: _encoder.Keys,
     ) -> tuple[Float[Tensor, "*b n d"], _encoder.Keys]:
         """The layer on the next tokens of a causal stream, and what it keeps after them."""
-        u, v, z = gau.parts(x, self.w_in, None, key_width=self.gamma_q.shape[0])
-        turn = rope.angles(positions, frequencies)
-        q, k = (
-            rope.rotate_interleaved(gau.scale_offset(z, gamma, None), turn) for gamma in (self.gamma_q, self.gamma_k)
-        )
-        keys = _encoder.grown("gau_alpha.step", past, k, v, mask)
-        # One head, whose values are wider than its keys. softmax_plus counts the keys that a row sees: all are here.
-        mixed = attention.attend(
-            q[..., None, :], keys.k[..., None, :], keys.v[..., None, :],
-            attention.per_head(_encoder.seen(keys, x.shape[-2])),
-            kernel=self._kernel, scale=1 / math.sqrt(q.shape[-1]),
-        )[..., 0, :]  # fmt: skip
-        unit = attention.project(u * mixed, self.w_out, None)
+        unit, keys = _encoder.unit_step(
+            "gau_alpha.step", self, x, mask, positions, frequencies, past,
+            rotate=rope.rotate_interleaved, kernel=self._kernel, scale=1 / math.sqrt(self.gamma_k.shape[0]),
+        )  # fmt: skip
         return norm.rms_norm(x + self.hidden_dropout(unit), epsilon=self.epsilon), keys
 
     def _kernel(self, scores: Tensor, mask: Tensor | None) -> Tensor:
@@ -90,9 +81,7 @@ class GauAlpha(_encoder.Transformer):
 
     def reset_parameters(self) -> None:
         """New weights from torch's generator: gammas 1, the rest as in _encoder."""
-        gain = _encoder.gain(self.config.layers, _encoder.GAU_ORDER)
-        for part in (self.embedding, *self.layers):
-            part.reset_parameters(gain)
+        _encoder.reset_units(self)
 
     def seen(self, keys: Bool[Tensor, "*_b _n n"]) -> Bool[Tensor, "..."]:
         """The mask as a layer takes it: a unit has one head and no axis for it."""

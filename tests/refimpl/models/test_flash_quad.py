@@ -215,6 +215,12 @@ def test_divisors_are_one_where_they_count_the_same():
         made[divisor] = states(case, config=dataclasses.replace(case.config, divisor=divisor, length=length))[-1]
     np.testing.assert_allclose(made["constant"], made["array"], rtol=0, atol=0)
     np.testing.assert_allclose(made["visible"], made["array"], rtol=1e-13)
+    # One token alone is divided by 1.
+    made = [
+        states(case.tokens(0, 1), config=dataclasses.replace(case.config, divisor=divisor, length=length))[-1]
+        for divisor, length in (("array", 0), ("constant", 1))
+    ]
+    np.testing.assert_array_equal(*made)
     # And three where they do not.
     padded = case.with_(mask=_encoder.MASK)
     made = [

@@ -3,7 +3,6 @@
 import copy
 import dataclasses
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,13 +16,10 @@ from conformance.models import _encoder as judge
 from conformance.models import flash as judged_flash
 from conformance.models import flash_quad as judged_flash_quad
 from conformance.models import gau_alpha as judged_gau_alpha
-from refimpl import bundle
 from refimpl import config as configuration
 from refimpl import model as specification
 from refimpl.check import DomainError, ShapeError
-from refimpl.models import gau_alpha
 from refimpl.models._heads import SequenceClassifier, TiedLM
-from tests.golden import originals
 from torchimpl.model import Model
 from torchimpl.models import _encoder, _heads
 from torchimpl.models.flash import Flash
@@ -143,39 +139,6 @@ def test_sixteen_bits_give_finite_results_nearby(name, dtype):
     assert all(part.dtype == DTYPES[dtype] for part in found)
     unit = {"bfloat16": 2**-8, "float16": 2**-11}[dtype]
     agree([part.detach().double().numpy() for part in found], right, 20 * unit)
-
-
-# The originals
-
-
-@pytest.mark.parametrize("folder", ["b4k_gau_alpha_edge", "b4k_gau_alpha"])
-@pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-12), (torch.float32, 5e-6)])
-def test_the_figures_of_bert4keras(folder, dtype, bound):
-    kept = folder.endswith("edge")
-    original = originals.copy(folder) if kept else originals.whole(folder)
-    sizes = {"vocab_size": 120, "segments": 2, "hidden_size": 48, "layers": 3, "expanded_size": 96, "key_size": 16}
-    config = gau_alpha.dialect("bert4keras-0.11.5", **sizes)
-    if kept:
-        own = bundle.read(Path(originals.__file__).parent / "bundle" / "gau_alpha" / "bert_model.ckpt")
-        original = original._replace(weights=own)
-    weights = originals.weights_bert4keras(original, gau_alpha.shapes(config))
-    standard = config
-
-    def read(ids, segments, mask, *, visible="bidirectional", config=standard):
-        whole = Model(specification.Model(config, (TIED,), visible)).to(dtype).eval()
-        whole.load_weights({name: torch.tensor(array) for name, array in weights.items()})
-        with torch.no_grad():
-            return [t.double().numpy() for t in whole.hidden_states(*map(torch.tensor, (ids, segments, mask)))]
-
-    def logits(hidden):
-        table = torch.tensor(weights["embedding.token"]).to(dtype)
-        head = _heads.TiedLM(config, TIED).eval()
-        return head(torch.tensor(hidden).to(dtype), table).double().numpy()
-
-    got = originals.gau_of_bert4keras(read, logits, config, weights, original.double)
-    # What is inside a layer is no output of the module.
-    errors = originals.errors(got, {name: array for name, array in original.double.items() if "gau_out" not in name})
-    assert len(errors) == (8 if kept else 17) and max(errors.values()) < bound, errors
 
 
 # Names and files

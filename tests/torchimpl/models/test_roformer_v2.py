@@ -92,7 +92,7 @@ def test_small_and_large_axes_are_no_exceptions():
 def test_hidden_dropout_stands_before_the_embeddings_norm():
     embedding = RoformerV2(SMALL).double().embedding.train()
     embedding.dropout.p = 0.5
-    embedded = embedding(_encoder.Inputs(*inputs(), None))
+    embedded = embedding(_encoder.Inputs(*inputs(), None, torch.arange(13)))
     # Features are missing, and the rows are normalised nevertheless.
     assert 0.4 < (embedded == 0).double().mean() < 0.6
     square = (embedded**2).mean(dim=-1)

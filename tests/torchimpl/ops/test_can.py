@@ -87,7 +87,12 @@ def test_ambiguous_any_reproduces_the_authors_split(path):
     for top, expected in enumerate(data["topk_entropy"].T, start=2):
         close(can.top_entropy(p, top=top), expected)
         within(can.top_entropy(p.float(), top=top), expected, "top_entropy", p=data["probs"], top=top)
-    close(can.top_entropy(p, top=p.shape[1]), data["entropy"])
+    # Their other rule, the entropy of all classes, by which nothing is left out.
+    whole = can.top_entropy(p, top=p.shape[1])
+    close(whole, data["entropy"])
+    within(can.top_entropy(p.float(), top=p.shape[1]), data["entropy"], "top_entropy", p=data["probs"], top=p.shape[1])
+    for rule, name in ((whole >= named["threshold"], "ambiguous"), (whole < named["threshold"], "confident")):
+        assert rule.nonzero()[:, 0].tolist() == data[f"full_entropy_{name}_ids"].tolist()
 
 
 @golden("blog_*.npz")
@@ -96,10 +101,14 @@ def test_adjust_reproduces_the_article(path):
     p, prior = torch.from_numpy(data["probs"]), torch.from_numpy(data["prior"])
     named = {"top": int(data["k"]), "threshold": float(data["threshold"])}
     named |= {"alpha": float(data["alpha"]), "iterations": int(data["iters"])}
+    close(can.top_entropy(p, top=named["top"]), data["uncertainty"])
+    found = can.top_entropy(p.float(), top=named["top"])
+    within(found, data["uncertainty"], "top_entropy", p=data["probs"], top=named["top"])
     adjusted, uncertain = can.adjust(p, prior, **named)
     assert uncertain.tolist() == data["ambiguous"].tolist()
     close(adjusted, data["adjusted"], 1e-12)
     assert torch.equal(adjusted[~uncertain], p[~uncertain])
+    assert adjusted.argmax(dim=1).tolist() == data["argmax_after"].tolist()
     adjusted, uncertain = can.adjust(p.float(), prior.float(), **named)
     assert uncertain.tolist() == data["ambiguous"].tolist()
     within(adjusted, data["adjusted"], "adjust", p=data["probs"], prior=data["prior"], **named)
@@ -118,6 +127,39 @@ def test_official_variant_reproduces_the_authors_code(path):
         close(op(**given, **named).T, data[f"V{depth}"])
         found = op(**{name: tensor.float() for name, tensor in given.items()}, **named)
         within(found, data[f"V{depth}"].T, op.__name__, **arrays, **named)
+
+
+@golden("rsa_*.npz")
+def test_rounds_of_the_authors_code(path):
+    """Theirs begin with the prior and the rows: between every second array of a chain lies one round of ours."""
+    data = np.load(path)
+    stack = np.concatenate([data["X_confident"], data["X_ambiguous"][:1]])
+    k, op = stack.shape[1], can.alternating_normalization_official
+    prior = data["prior"] if "prior" in data.files else np.full(k, 1 / k)
+    named = {"alpha": float(data["alpha"]), "iterations": 1}
+
+    def whole(rows):
+        """Every row under all the others, in both formats."""
+        made = []
+        for i in range(len(rows)):
+            arrays = {"confident": np.delete(rows, i, axis=0), "uncertain": rows[i : i + 1], "prior": prior}
+            given = {name: torch.from_numpy(array) for name, array in arrays.items()}
+            made.append(op(**given, **named).numpy())
+            found = op(**{name: tensor.float() for name, tensor in given.items()}, **named)
+            within(found, made[-1], op.__name__, **arrays, **named)
+        return np.concatenate(made)
+
+    np.testing.assert_array_equal(stack.T, data["one_lexicon"])
+    close(torch.from_numpy(whole(stack)).T, data["one_viewer1"], 1e-12)
+    rows = stack * prior / ((stack * prior).sum(axis=1, keepdims=True) + spec.OFFICIAL_EPSILON)
+    for step in range(1, 2 * int(data["depth"]) + 1, 2):
+        close(torch.from_numpy(rows[-1:]).T, data[f"creatorchain_C{step}"], 1e-12)
+        rows = whole(rows)
+    if "costs" in data.files:
+        weight, rows = np.exp(data["costs"])[:, None], stack
+        for step in range(int(data["depth"]) + 1):
+            close(torch.from_numpy(rows[-1:]).T, data[f"costs_V{step}"], 1e-12)
+            rows = whole(rows * weight)
 
 
 # The prior

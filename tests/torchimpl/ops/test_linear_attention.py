@@ -80,6 +80,21 @@ def test_flash_linear_attention(name):
         assert (np.abs(found.double().numpy() - expected) <= ball.rad).all()
 
 
+def test_flash_linear_attentions_scores():
+    """Values that are one key each show the score of that key."""
+    run = fla.Run("simple_gla_parallel")
+    b, n, h, _ = run.arguments["q"].shape
+    arguments = run.arguments | {"v": np.broadcast_to(np.eye(n)[None, :, None], (b, n, h, n)).copy()}
+    expected = run.arrays["scores"].swapaxes(1, 2)
+
+    def scores(dtype):
+        given = {k: torch.tensor(v, dtype=dtype) if isinstance(v, np.ndarray) else v for k, v in arguments.items()}
+        return la.quadratic(**given).output.double().numpy()
+
+    np.testing.assert_allclose(scores(torch.float64), expected, rtol=1e-12, atol=1e-12)
+    assert (np.abs(scores(torch.float32) - expected) <= run.balls(v=arguments["v"])[0].rad).all()
+
+
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("decay", [None, "head", "feature"])
 def test_all_forms_are_one(decay, packed):

@@ -1,13 +1,19 @@
 """LoRA in torch: golden runs of PEFT, hand values, autograd and the specification's closed forms, 16 bits, errors."""
 
+import inspect
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import load_file
 from torch.autograd import gradcheck
 from torch.testing import assert_close
 
+from conformance.budget import Arithmetic, Profile, tanh, unit_roundoff
+from conformance.case import Case, as_tuple, reference
+from conformance.ops import lora as judged
 from refimpl.check import DomainError, ShapeError
 from refimpl.ops import lora as spec
 from torchimpl.ops import lora
@@ -18,6 +24,7 @@ ADAMW = {
     "linear_r4_a8_rslora": (0.01, 0.9, 0.999, 1e-8, 0.01),
     "linear_r3_a5_nobias": (0.003, 0.8, 0.95, 1e-6, 0.1),
 }
+MOMENTUM = {"linear_r4_a8": (0.1, 0.0), "linear_r4_a8_rslora": (0.1, 0.0), "linear_r3_a5_nobias": (0.05, 0.9)}
 STEP = {"learning_rate": 0.01, "beta_1": 0.9, "beta_2": 0.999, "epsilon": 1e-8, "weight_decay": 0.01}
 HALVES = [torch.float16, torch.bfloat16]
 
@@ -70,6 +77,92 @@ def test_against_peft(name):
         state = lora.adamw(state.A, state.B, dense, *state[2:], scale=scale, step=step, **rule)
         close(state.A.T, data[f"adamw_A_after_step{step}"])
         close(state.B.T, data[f"adamw_B_after_step{step}"])
+
+
+def within(function, given, due, **named):
+    """In float32, inputs rounded first, no further off than the judge permits; None is due where nothing is known."""
+    found = as_tuple(function(*(torch.tensor(array).float() for array in given), **named))
+    names = [name for name in inspect.signature(function).parameters if name not in named]
+    arguments = dict(zip(names, given, strict=True)) | named
+    case = Case(f"lora.{function.__name__}", "golden", arguments, profile=Profile("float32"))
+    balls = reference(case, blur=unit_roundoff("float32")).values()
+    for tensor, expected, ball in zip(found, due, balls, strict=True):
+        if expected is not None:
+            assert tensor.dtype == torch.float32 and np.isfinite(ball.rad).all()
+            assert (np.abs(tensor.double().numpy() - expected) <= ball.rad).all()
+
+
+@pytest.mark.parametrize("name", sorted(ADAMW))
+def test_against_peft_in_float32(name):
+    """Every step from the factors that PEFT had before it."""
+    data = dict(np.load(GOLDEN / f"{name}.npz"))
+    W, A, B = spec.from_peft(*(data[key] for key in ("W", "lora_A", "lora_B")))
+    x, bias, scale = data["x"], data.get("bias", 0.0), float(data["scaling"])
+    within(lora.apply, (x, W, A, B), (data["y"] - bias,), scale=scale)
+    within(lora.apply, (x, W, A, B), (data["y_base"] - bias,), scale=0.0)
+    within(lora.delta, (A, B), (data["delta_weight"].T,), scale=scale)
+    within(lora.merge, (W, A, B), (data["merged_weight"].T,), scale=scale)
+    within(lora.unmerge, (data["merged_weight"].T, A, B), (W,), scale=scale)
+    within(lora.apply, (x, data["merged_weight"].T, A, B), (data["merged_y"] - bias,), scale=0.0)
+    dy = 2 * (data["y"] - data["target"]) / data["y"].size
+    gradients = data["grad_A"].T, data["grad_B"].T
+    within(lora.gradients_factored, (x, dy, A, B), gradients, scale=scale)
+    within(lora.gradients_dense, (x.T @ dy, A, B), gradients, scale=scale)
+    within(lora.gradient_input, (dy, W, A, B), (data["grad_x"],), scale=scale)
+
+    def dense(A, B):
+        y = x @ (W + scale * A @ B) + bias
+        return x.T @ (2 * (y - data["target"]) / y.size)
+
+    rate, momentum = MOMENTUM[name]
+    before, now = (A, B), (A, B)
+    for step in (1, 2, 3):
+        after = tuple(data[f"sgd_{letter}_after_step{step}"].T for letter in "AB")
+        # Momentum repeats the move before: what is left is the plain step.
+        plain = tuple(new - momentum * (old - older) for new, old, older in zip(after, now, before, strict=True))
+        within(lora.sgd, (*now, dense(*now)), plain, scale=scale, learning_rate=rate)
+        before, now = now, after
+    rule = dict(zip(STEP, ADAMW[name], strict=True))
+    state = spec.AdamWFactors(A, B, *(np.zeros_like(factor) for factor in (A, A, B, B)))
+    for step in (1, 2, 3):
+        given = (*state[:2], dense(*state[:2]), *state[2:])
+        after = tuple(data[f"adamw_{letter}_after_step{step}"].T for letter in "AB")
+        # PEFT's moments are not known: the next step has those of the specification.
+        within(lora.adamw, given, (*after, *(None,) * 4), scale=scale, step=step, **rule)
+        state = spec.adamw(*given, scale=scale, step=step, **rule)
+
+
+@pytest.mark.parametrize("name", ["adapter", "adapter_rslora"])
+def test_pefts_adapters_in_float32(name):
+    """y = fc2(tanh(fc1(x))) with the adapters of a folder that PEFT wrote, and without them."""
+    folder = GOLDEN / name
+    io, base = dict(np.load(folder / "io.npz")), load_file(folder / "base_model.safetensors")
+    factors = load_file(folder / "adapter" / "adapter_model.safetensors")
+    told = json.loads((folder / "adapter" / "adapter_config.json").read_text())
+    scale = (lora.scale_rslora if told["use_rslora"] else lora.scale_lora)(alpha=told["lora_alpha"], r=told["r"])
+    a = Arithmetic(Profile("float32"))
+
+    def layers():
+        """The weights of both layers; those of one that is not adapted have factors of rank 1 that are 0."""
+        for fc in ("fc1", "fc2"):
+            (e, d), prefix = base[f"{fc}.weight"].shape, f"base_model.model.{fc}.lora"
+            empty = {"A": np.zeros((1, d), np.float32), "B": np.zeros((e, 1), np.float32)}
+            A, B = (factors.get(f"{prefix}_{letter}.weight", empty[letter]) for letter in "AB")
+            yield fc, spec.from_peft(base[f"{fc}.weight"], A, B), base.get(f"{fc}.bias", np.zeros(e, np.float32))
+
+    for scales, expected in ((scale, io["y_float64"]), (0.0, io["y_base"])):
+        found, ball = torch.tensor(io["x"]), a.exact(io["x"])
+        for fc, weights, bias in layers():
+            found = lora.apply(found, *(torch.tensor(w).float() for w in weights), scale=scales) + torch.tensor(bias)
+            ball = (judged.apply(a, ball, *map(a.exact, weights), scales).stored() + a.exact(bias)).stored()
+            if fc == "fc1":
+                found, ball = found.tanh(), tanh(ball).stored()
+        # `y_base` is known in float32 only, as PEFT made it: it may err as well.
+        bound = ball.finished().rad * (1 if scales else 2)
+        assert found.dtype == torch.float32 and (np.abs(found.numpy() - expected) <= bound).all()
+        assert (np.abs(ball.value - io["y" if scales else "y_base"]) <= ball.finished().rad).all()
+    for fc, weights, _ in layers():
+        within(lora.merge, weights, (io[f"merged_{fc}_weight"].T,), scale=scale)
 
 
 def test_by_hand():

@@ -7,7 +7,7 @@ import torch
 from torch.autograd import gradcheck
 from torch.testing import assert_close
 
-from conformance.budget import Arithmetic, Profile
+from conformance.budget import Arithmetic, Profile, cos, sin
 from conformance.ops import rope as judged
 from refimpl.check import DomainError, ShapeError
 from tests.golden import collection
@@ -121,6 +121,29 @@ def test_rotations_equal_transformers(name, part):
     found = rope.rotate_contiguous(torch.tensor(x).float(), phi, rotate)
     assert found.dtype == torch.float32
     assert np.max(np.abs(found.double().numpy() - expected) / bound.finished().rad) < 1
+    # Theirs was made in float32 throughout, angles too, and may err as well.
+    theirs = case[f"{part}_out"].swapaxes(1, 2) if name.startswith("llama") else case[f"{part}_out"]
+    arithmetic = Arithmetic(Profile("float32", "strict", "A32"))
+    bound = judged.rotate(arithmetic, arithmetic.exact(x), positions[..., None], float(case["theta"]), **places)
+    assert np.max(np.abs(found.double().numpy() - theirs) / bound.finished().rad) < 2
+
+
+@pytest.mark.parametrize("name", ["llama_basic", "llama_gqa_offset", "gptj_full", "gptj_partial_offset"])
+def test_tables_of_transformers_err_from_ours_as_float32_may(name):
+    case = collection.load("hf_rotary", name)
+    llama, theta = name.startswith("llama"), float(case["theta"])
+    width = case["q"].shape[-1] if llama else int(case["rotary_dim"])
+    arithmetic = Arithmetic(Profile("float32", "strict", "A32"))
+
+    def within(found, expected, ball):
+        assert np.max(np.abs(found.numpy() - expected) / ball.finished().rad) < 1
+
+    phi = judged.angle(arithmetic, case["position_ids"], judged.powers(width, theta))
+    ours = angles_of(case["position_ids"], width, theta)
+    within(ours.cos(), case["cos"][..., : width // 2], cos(phi))
+    within(ours.sin(), case["sin"][..., : width // 2], sin(phi))
+    if llama:
+        within(rope.frequencies(width, base=theta), case["inv_freq"], judged.frequencies(arithmetic, width, theta))
 
 
 def test_quarter_and_half_turns_by_hand():
