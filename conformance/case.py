@@ -11,7 +11,7 @@ import inspect
 import pkgutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import lru_cache, partial
+from functools import cached_property, lru_cache, partial
 from types import ModuleType
 from typing import Any
 
@@ -130,11 +130,12 @@ class Case:
     def id(self) -> str:
         return f"{self.op}/{self.name}"
 
-    @property
+    @cached_property
     def dtypes(self) -> tuple[str, ...]:
         """Storage formats that hold every float input exactly."""
-        floats = [v for v in self.arguments.values() if _is_float_array(v)]
-        return tuple(t for t in self.only if all(np.array_equal(round_to(v, t), v) for v in floats))
+        # One array: rounding many small ones is slow.
+        floats = np.concatenate([np.zeros(0), *(v.ravel() for v in self.arguments.values() if _is_float_array(v))])
+        return tuple(t for t in self.only if np.array_equal(round_to(floats, t), floats))
 
     def with_(self, **changes: Any) -> Case:
         """The same case with some arguments replaced; float arrays are rounded to the storage format first (rule 0)."""

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import fnmatch
+import gc
 import shlex
 import signal
 import time
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -27,7 +31,6 @@ EXAMPLES = 10
 
 # Below this many operators times implementations a second process costs more than it saves.
 PARALLEL_FROM = 60
-WORKERS = 2
 
 
 @dataclass(frozen=True)
@@ -147,19 +150,19 @@ def check(
         raise AdapterError(f"check: {adapter} declares no implementation in {dtype}")
     chosen = [op for op in every if names is None or selected(op, names)]
     manifest = read_manifest(folder)
-    vectors = load_vectors(folder, chosen)
+    vectors = load_vectors(folder, chosen, manifest)
     jobs = [(n, op) for n, i in enumerate(implementations) for op in chosen if i.claims(op)]
-    promised = sum(
-        e["operator"] == op and implementations[n].profile.dtype in e["dtypes"]
-        for n, op in jobs
-        for e in manifest["cases"]
-    ) + sum(len(model.CASES()[name]) for _, name in jobs if name in model.MODELS())
+    owed = Counter((e["operator"], held) for e in manifest["cases"] for held in set(e["dtypes"]))
+    promised = sum(owed[op, implementations[n].profile.dtype] for n, op in jobs) + sum(
+        len(model.CASES()[name]) for _, name in jobs if name in model.MODELS()
+    )
     judging = _Judging(adapter, implementations, vectors, examples)
-    verdicts: list[Verdict] = []
-    for done, found in enumerate(_each(judging, jobs, dtype, profile), 1):
-        verdicts += found
+    found: dict[int, list[Verdict]] = {}
+    for done, (job, made) in enumerate(_each(judging, jobs, dtype, profile), 1):
+        found[job] = made
         if progress:
             progress(done, len(jobs))
+    verdicts = [v for job in range(len(jobs)) for v in found[job]]
     matched = {i: _expectation(expected, v) for i, v in enumerate(verdicts)}
     complaints = _unknown(jobs, manifest) + _idle(expected, verdicts)
     return Run(
@@ -195,6 +198,13 @@ class _Judging:
     vectors: Sequence[Vector]
     examples: int | None
 
+    @cached_property
+    def by_operator(self) -> dict[str, list[Vector]]:
+        found: dict[str, list[Vector]] = {}
+        for vector in self.vectors:
+            found.setdefault(vector.case.op, []).append(vector)
+        return found
+
     def __call__(self, job: tuple[int, str]) -> list[Verdict]:
         """Every verdict on one operator or model of one implementation."""
         implementation, op = self.implementations[job[0]], job[1]
@@ -205,7 +215,7 @@ class _Judging:
             made = model.verdicts(implementation.name, whole, op, profile, with_laws=with_laws)
             return [replace(v, outputs=(), variant=implementation.variant) for v in made]
         function = implementation.functions[op]
-        cases = [v for v in self.vectors if v.case.op == op and profile.dtype in v.case.dtypes]
+        cases = [v for v in self.by_operator.get(op, ()) if profile.dtype in v.case.dtypes]
         made = [judge(implementation.name, function, v, profile) for v in cases]
         made = explained(made, diagnose(list(zip(made, cases, strict=True))))
         if with_laws:
@@ -217,29 +227,67 @@ class _Judging:
         return [replace(v, outputs=(), variant=implementation.variant) for v in made]
 
 
+def _lists(judging: _Judging, jobs: Sequence[tuple[int, str]]) -> tuple[deque[int], deque[int]]:
+    """The numbers of the jobs with laws, each operator's together, and of those without.
+
+    What is drawn for a law, and the references of those that share a precision, are then made once.
+    """
+    place = {op: i for i, op in enumerate(dict.fromkeys(op for _, op in jobs))}
+    held = [i for i, (n, _) in enumerate(jobs) if judging.implementations[n].laws]
+    rest = [i for i, (n, _) in enumerate(jobs) if not judging.implementations[n].laws]
+    return deque(sorted(held, key=lambda i: place[jobs[i][1]])), deque(rest)
+
+
 def _each(
     judging: _Judging, jobs: Sequence[tuple[int, str]], dtype: str | None, profile: str | None
-) -> Iterator[list[Verdict]]:
-    """The jobs in order; many of them on two processes, each of which loads the adapter for itself."""
+) -> Iterator[tuple[int, list[Verdict]]]:
+    """The number and the verdicts of every job, as they end.
+
+    Many jobs are shared by two processes, each of which loads the adapter for itself. One begins with those that have
+    laws, the other with the rest, which may need a compiler that is long to load; each then helps the other out.
+    """
+    held, rest = _lists(judging, jobs)
     if len(jobs) < PARALLEL_FROM:
-        yield from map(judging, jobs)
+        yield from ((job, judging(jobs[job])) for job in (*held, *rest))
         return
     given = (judging.adapter, dtype, profile, judging.vectors, judging.examples)
     # A multiprocessing.Pool would wait for ever for a process that a crash in native code has ended.
     ended = AdapterError(f"check: a process that ran {judging.adapter} ended without a verdict")
-    with ProcessPoolExecutor(WORKERS, get_context("spawn"), _begin, given) as pool:
+    running: dict[Future[list[Verdict]], tuple[ProcessPoolExecutor, Callable[[], int], int]] = {}
+
+    def hand(pool: ProcessPoolExecutor, take: Callable[[], int]) -> None:
+        if not held and not rest:
+            return
+        job = take()
         try:
-            found = pool.map(_judge, jobs)
+            running[pool.submit(_judge, jobs[job])] = pool, take, job
         except (BrokenProcessPool, ValueError, OSError):
-            # The first process may end while the second is being started, through pipes that are closed by then.
+            # The process may have ended by now, and its pipes may be closed or closing.
             raise ended from None
+
+    with ExitStack() as stack:
+        pools = [
+            (stack.enter_context(ProcessPoolExecutor(1, get_context("spawn"), _begin, given)), take)
+            for take in (
+                lambda: held.popleft() if held else rest.popleft(),
+                lambda: rest.popleft() if rest else held.pop(),
+            )
+        ]
         try:
-            yield from found
+            # One to work on, and one to go on with while the verdicts on the first are fetched.
+            for pool, take in pools * 2:
+                hand(pool, take)
+            while running:
+                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                    pool, take, job = running.pop(future)
+                    made = future.result()
+                    hand(pool, take)
+                    yield job, made
         except BrokenProcessPool:
             raise ended from None
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+        finally:
+            for pool, _ in pools:
+                pool.shutdown(wait=False, cancel_futures=True)
 
 
 _PROCESS: list[_Judging] = []
@@ -251,6 +299,9 @@ def _begin(
     """Set up a worker process; Ctrl-C ends it without a traceback."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     _PROCESS.append(_Judging(adapter, _implementations(adapter, dtype, profile), vectors, examples))
+    # What is loaded by now stays to the end: the collector need not look through it, nor after every 700 objects.
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 100)
 
 
 def _judge(job: tuple[int, str]) -> list[Verdict]:

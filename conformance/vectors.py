@@ -85,8 +85,9 @@ def build(case: Case) -> Vector:
 
 def _checked(vector: Vector) -> Vector:
     """The vector, if it can judge: every output has a bound of its shape in every profile."""
+    judged = profiles(vector.case)
     for name, value in vector.expected.items():
-        for profile in profiles(vector.case):
+        for profile in judged:
             bound = vector.bounds.get(str(profile), {}).get(name)
             if bound is None or bound.shape != value.shape or not ((bound >= 0) | ~np.isfinite(value)).all():
                 raise CorpusError(f"vectors: {vector.case.id}: {name} has no usable bound for {profile}")
@@ -267,20 +268,20 @@ def read_manifest(folder: Path = FOLDER) -> dict[str, Any]:
 def _consistent(read: dict[str, Any], folder: Path) -> dict[str, Any]:
     if read.get("schema") != SCHEMA:
         raise CorpusError(f"vectors: expected schema {SCHEMA}, received {read.get('schema')!r}")
-    entries = read["cases"]
+    entries, root = read["cases"], folder.resolve()
     for entry in entries:
         # A file name in the folder is not enough: "a/../../corpus/b" is one, and would leave a copy of the folder.
-        inside = (folder / entry["file"]).resolve().is_relative_to(folder.resolve())
+        inside = (folder / entry["file"]).resolve().is_relative_to(root)
         if not inside or ".." in Path(entry["file"]).parts:
             raise CorpusError(f"vectors: {entry['file']} leaves the corpus folder")
     for key in ("id", "file"):
         if len({e[key] for e in entries}) != len(entries):
             raise CorpusError(f"vectors: the manifest lists a case twice ({key})")
-    root = _root(entries)
-    if root != read["sha256"] or len(entries) < max(read["minimum"], 1):
+    digest = _root(entries)
+    if digest != read["sha256"] or len(entries) < max(read["minimum"], 1):
         raise CorpusError(
             f"vectors: the manifest promises {read['minimum']} cases with root {read['sha256'][:12]}, "
-            f"it lists {len(entries)} with root {root[:12]}"
+            f"it lists {len(entries)} with root {digest[:12]}"
         )
     for name, operator in read["operators"].items():
         have = sum(e["operator"] == name for e in entries)
@@ -289,9 +290,12 @@ def _consistent(read: dict[str, Any], folder: Path) -> dict[str, Any]:
     return read
 
 
-def load(folder: Path = FOLDER, names: Sequence[str] | None = None) -> list[Vector]:
-    """The vectors of all or of some operators, every byte checked against the manifest."""
-    return [_load(folder, e) for e in read_manifest(folder)["cases"] if names is None or selected(e["operator"], names)]
+def load(
+    folder: Path = FOLDER, names: Sequence[str] | None = None, manifest: dict[str, Any] | None = None
+) -> list[Vector]:
+    """The vectors of all or of some operators, every byte checked against the manifest, read here unless given."""
+    entries = (read_manifest(folder) if manifest is None else manifest)["cases"]
+    return [_load(folder, e) for e in entries if names is None or selected(e["operator"], names)]
 
 
 def load_case(identifier: str, folder: Path = FOLDER) -> Vector:

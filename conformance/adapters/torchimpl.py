@@ -10,6 +10,7 @@ one part to the next, which is the eager profile; STRICT names those that round 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import FunctionType
 from typing import Any
 
 import numpy as np
@@ -48,7 +49,7 @@ def compiled(
         if key not in graphs:
             if len(graphs) == most:
                 raise Unsupported(f"{most} graph of every operator is captured here, all by torchimpl-compiled")
-            _configure()
+            _configure(captured_only=most is not None)
             turn = torch._dynamo.lookup_backend(backend)
 
             def count(graph: Any, inputs: Any) -> Any:
@@ -56,7 +57,7 @@ def compiled(
                 return turn(graph, inputs)
 
             graphs[key] = torch.compile(
-                lambda given: function(**given, **fixed),
+                _with_own_code(lambda given: function(**given, **fixed)),
                 fullgraph=True,
                 dynamic=dynamic,
                 backend=backend if most is None else count,
@@ -73,7 +74,13 @@ def compiled(
     return call
 
 
-def _configure() -> None:
+def _with_own_code(function: Any) -> Function:
+    """The same function; Dynamo keeps graphs by their code, and would look through those of all operators for one."""
+    code, cells = function.__code__.replace(), function.__closure__
+    return FunctionType(code, function.__globals__, function.__name__, None, cells)
+
+
+def _configure(*, captured_only: bool) -> None:
     """Set the compiler up before its first graph: loading it takes seconds that a process without graphs is spared."""
     import torch
     from torch.fx.experimental import _config as fx_config
@@ -85,6 +92,11 @@ def _configure() -> None:
     torch._dynamo.config.specialize_float = torch._dynamo.config.specialize_int = True
     # Sizes that are equal by chance are no one size: Inductor fails where a width is one more than the documents.
     fx_config.use_duck_shape = False
+    # Dynamo flushes the processor's caches after every graph to time its guards, for a log that nobody reads here.
+    torch._dynamo.guards.profile_guard_manager = lambda *_: 0.0
+    if captured_only:
+        # With open sizes, what shapes an operation gives is derived faster than it is found again.
+        torch._dynamo.config.fake_tensor_cache_enabled = False
 
 
 def whole(device: str = "cpu") -> Streaming:
