@@ -3,10 +3,14 @@
 import json
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from xml.etree import ElementTree
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from conformance import report, runner, vectors
 from conformance.adapters import AdapterError, Implementation, load
@@ -228,6 +232,44 @@ def test_two_processes_judge_as_one(wrong, monkeypatch):
     monkeypatch.setattr(runner, "PARALLEL_FROM", 1)
     two = runner.check(wrong, dtype="bfloat16", profile="eager", examples=0)
     assert one.verdicts == two.verdicts and {v.profile for v in two.verdicts} == {"eager"}
+
+
+@settings(max_examples=60)
+@given(
+    rows=st.lists(st.booleans(), min_size=1, max_size=5), operators=st.integers(1, 7), slow=st.sets(st.integers(0, 6))
+)
+def test_two_processes_take_every_job_once(rows, operators, slow):
+    """Whatever rows have laws, and whichever of the two is held up by an operator."""
+
+    def judged(job):
+        time.sleep(0.001 * (int(job[1]) in slow))
+        return [job]
+
+    implementations = [
+        Implementation(str(n), {}, Profile("float64", "strict", "A64"), laws=laws) for n, laws in enumerate(rows)
+    ]
+    jobs = [(n, str(op)) for n in range(len(rows)) for op in range(operators)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runner, "PARALLEL_FROM", 1)
+        patch.setattr(runner, "ProcessPoolExecutor", lambda *_: ThreadPoolExecutor(1))
+        patch.setattr(runner, "_judge", judged)
+        judging = runner._Judging("any", tuple(implementations), (), None)
+        found = list(runner._each(judging, jobs, None, None))
+    assert sorted(found) == [(i, [job]) for i, job in enumerate(jobs)]
+
+
+def test_jobs_with_laws_keep_an_operator_s_together_and_the_rest_their_order():
+    """The specification's sample of a law is drawn for one operator at a time, in all formats."""
+    rows = [Implementation(str(n), {}, Profile("float64", "strict", "A64"), laws=n != 1) for n in range(3)]
+    jobs = [(n, op) for n in range(3) for op in ("norm.rms_norm", "rope.angles")]
+    held, rest = runner._lists(runner._Judging("any", tuple(rows), (), None), jobs)
+    assert [jobs[i] for i in held] == [
+        (0, "norm.rms_norm"),
+        (2, "norm.rms_norm"),
+        (0, "rope.angles"),
+        (2, "rope.angles"),
+    ]
+    assert [jobs[i] for i in rest] == [(1, "norm.rms_norm"), (1, "rope.angles")]
 
 
 def test_an_operator_that_the_corpus_does_not_hold_is_not_green(tmp_path, right):
