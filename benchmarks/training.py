@@ -11,8 +11,8 @@ adds to the built model by two steps. On a CUDA device every part also runs in b
 comes out is also written to out/training.csv, and drawn in out/training.svg.
 
 Three parts are about a processor and are left out elsewhere: memory takes steps in turn in processes that keep what is
-freed, give it back, or ask for huge pages; dropout has torch's layer and ours in turn; profile tells what kinds of
-operations a step consists of.
+freed, give it back, or ask for huge pages, and in one of FLASH-pytorch that gives it back, as PyTorch does by itself;
+dropout has torch's layer and ours in turn; profile tells what kinds of operations a step consists of.
 """
 
 import argparse
@@ -246,14 +246,16 @@ def grown(variant: Variant, length: int, rounds: int) -> Row:
 
 # How a process of the part memory comes by its memory, and what its environment says of that.
 WAYS: dict[str, dict[str, str]] = {"kept": {}, "given back": {}, "in huge pages": {"THP_MEM_ALLOC_ENABLE": "1"}}
+# The first is `refimpl train`, which all others are compared with.
+PROCESSES = (*(("FLASH", way) for way in WAYS), ("FLASH-pytorch", "given back"))
 
 
 def take_steps(told: Sequence[str]) -> None:
     """A step for every line that comes in; its seconds and page faults go out, and the most MiB that were resident."""
-    way, length = told
+    name, way, length = told
     if way == "kept" and not memory.keep_freed():
         raise SystemExit("training: malloc is tuned already, or not glibc's: there is nothing to compare")
-    trained = Trained(Variant("FLASH", 0.0), 1, int(length))
+    trained = Trained(Variant(name, 0.0), 1, int(length))
     # The heap has grown to what a step needs only when blocks of all sizes have been freed and taken anew.
     for _ in range(2):
         trained.step()
@@ -267,19 +269,19 @@ def take_steps(told: Sequence[str]) -> None:
 def kept_memory(quick: bool) -> Iterator[str]:
     for length in (512,) if quick else (4096, 16384):
         with ExitStack() as stack:
-            processes = [stack.enter_context(_stepping(way, length)) for way in WAYS]
+            processes = [stack.enter_context(_stepping(name, way, length)) for name, way in PROCESSES]
             turns = [[_asked(process) for process in processes] for _ in range(3 if quick else 7)]
         cells = []
-        for number, way in enumerate(WAYS):
+        for number, (name, way) in enumerate(PROCESSES):
             seconds, faults, mib = (statistics.median(turn[number][i] for turn in turns) for i in range(3))
             low, middle, high = statistics.quantiles([turn[number][0] / turn[0][0] for turn in turns], n=4)
             ratio = f"{middle:.2f} ({low:.2f} to {high:.2f}) times that, " if number else ""
-            cells.append(f"{way} {seconds:.2f} s, {ratio}{faults:,.0f} page faults a step, {mib:.0f} MiB")
-        yield f"memory  FLASH b 1, n {length}: freed memory " + "; ".join(cells)
+            cells.append(f"{name} {way} {seconds:.2f} s, {ratio}{faults:,.0f} page faults a step, {mib:.0f} MiB")
+        yield f"memory  b 1, n {length}, what is freed: " + "; ".join(cells)
 
 
-def _stepping(way: str, length: int) -> "subprocess.Popen[str]":
-    call, pipe = [sys.executable, __file__, "--steps", way, str(length)], subprocess.PIPE
+def _stepping(name: str, way: str, length: int) -> "subprocess.Popen[str]":
+    call, pipe = [sys.executable, __file__, "--steps", name, way, str(length)], subprocess.PIPE
     return subprocess.Popen(call, stdin=pipe, stdout=pipe, text=True, env={**os.environ, **WAYS[way]})
 
 
@@ -401,7 +403,7 @@ def main() -> int:
     parser.add_argument("--part", action="append", choices=PARTS, help="again for more; all of them if not given")
     parser.add_argument("--quick", action="store_true", help="small sizes and few rounds")
     parser.add_argument("--peak", nargs=6, help=argparse.SUPPRESS)
-    parser.add_argument("--steps", nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--steps", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.steps:
         take_steps(options.steps)
