@@ -30,6 +30,8 @@ from torchimpl import checkpoint
 # encoder and no heads, in refimpl.config.
 FORMAT = 2
 INPUTS = ("token_ids", "segment_ids", "mask")
+# Of a graph that is asked to take them.
+POSITIONS = "positions"
 OPSET = 23
 DTYPES = ("float32", "float64")
 # A protobuf message cannot be larger.
@@ -41,12 +43,21 @@ class ExportError(ValueError):
 
 
 def build(
-    model: Model, weights: Mapping[str, np.ndarray], *, opset: int = OPSET, stored: bool = True
+    model: Model,
+    weights: Mapping[str, np.ndarray],
+    *,
+    opset: int = OPSET,
+    stored: bool = True,
+    layers: bool = False,
+    positions: bool = False,
 ) -> onnx.ModelProto:
     """The graph of a model in the dtype of its weights, without metadata.
 
     stored: whether the file holds the weights. Without them it is no whole model: onnx's ReferenceEvaluator takes them
         beside the inputs, by their names, and no message has to hold them.
+    layers: whether it gives hidden_states.0 ... hidden_states.L too, behind its other outputs.
+    positions: whether it takes the positions of all tokens, int64 of the shape of token_ids, as its fourth input; else
+        they are 0, 1, 2, ... of the array. runtime.session takes files with neither of the two.
 
     Raises: ExportError for weights that one ONNX file cannot hold.
     """
@@ -56,23 +67,37 @@ def build(
         raise ExportError(f"export: the weights have {size} bytes in {dtype}; one ONNX file holds less than {LARGEST}")
     ids = np.zeros((2, 5, 3) if model.choosing else (2, 3), np.int64)
     examples = {"token_ids": ids, "segment_ids": ids, "mask": np.ones(ids.shape, np.bool_)}
+    if positions:
+        examples[POSITIONS] = ids
 
     def call(**inputs: Value) -> list[Value]:
         kept = graph.initializer if stored else _absent
-        given = forward({name: kept(name, array) for name, array in weights.items()}, **inputs, model=model)
-        return list(given.values())
+        held = {name: kept(name, array) for name, array in weights.items()}
+        return list(forward(held, **inputs, model=model, layers=layers).values())
 
-    built = graph.build(call, examples, opset=opset, outputs=specification.outputs(model))
+    built = graph.build(call, examples, opset=opset, outputs=outputs(model, layers=layers))
     if built.fixed:
         raise ExportError(f"export: the graph of {model.config.model} takes only {dict(built.fixed)}")
     _name_sizes(built.model, model)
     return built.model
 
 
+def outputs(model: Model, *, layers: bool = False) -> tuple[str, ...]:
+    """The names of what a graph gives, in order."""
+    return specification.outputs(model) + (_states(model) if layers else ())
+
+
 def forward(
-    weights: Mapping[str, Value], token_ids: Value, segment_ids: Value, mask: Value, *, model: Model
+    weights: Mapping[str, Value],
+    token_ids: Value,
+    segment_ids: Value,
+    mask: Value,
+    positions: Value | None = None,
+    *,
+    model: Model,
+    layers: bool = False,
 ) -> dict[str, Value]:
-    """refimpl.model.forward, written into the graph; positions are 0, 1, 2, ... of the array."""
+    """refimpl.model.forward, written into the graph; with `layers` every hidden state too, the embedding's first."""
     lead = [token_ids.size(axis) for axis in range(token_ids.ndim - 1)]
 
     def apart(x: Value) -> Value:
@@ -83,20 +108,23 @@ def forward(
         # Every choice is a text by itself.
         texts, n = lead[0] * lead[1], token_ids.size(2)
         token_ids, segment_ids, mask = (x.reshape(texts, n) for x in (token_ids, segment_ids, mask))
+        positions = None if positions is None else positions.reshape(texts, n)
     encoder = importlib.import_module(f"export.models.{model.config.model}")
     # Of flash, the Config says it.
     seen = {} if model.config.model == "flash" else {"visible": _encoder.VISIBLE[model.visible]}
-    states = encoder.hidden_states(weights, token_ids, segment_ids, mask, config=model.config, **seen)
+    states = encoder.hidden_states(weights, token_ids, segment_ids, mask, positions, config=model.config, **seen)
     made = {"last_hidden_state": states[-1]}
     for head in model.heads:
         if isinstance(head, heads_of.Pooler):
             made["pooled"] = _heads.pooled(weights, states[-1], head=head)
     for head in model.heads:
         if not isinstance(head, heads_of.Pooler):
-            made |= _heads.given(head, weights, states, mask, made.get("pooled"), model.config, apart)
+            made |= _heads.given(head, weights, states, mask, positions, made.get("pooled"), model.config, apart)
+    if layers:
+        made |= dict(zip(_states(model), states, strict=True))
     if model.choosing:
         made = {name: x if name == "choice_logits" else apart(x) for name, x in made.items()}
-    return {name: made[name] for name in specification.outputs(model)}
+    return {name: made[name] for name in outputs(model, layers=layers)}
 
 
 def export(
@@ -141,6 +169,10 @@ def export(
     return found
 
 
+def _states(model: Model) -> tuple[str, ...]:
+    return tuple(f"hidden_states.{i}" for i in range(model.config.layers + 1))
+
+
 def _absent(name: str, array: np.ndarray) -> Value:
     """A weight that the graph names and does not hold."""
     return graph.scope().value(name, array.dtype, array.shape)
@@ -153,7 +185,8 @@ def _name_sizes(made: onnx.ModelProto, model: Model) -> None:
     pointer: Any = heads.get("entity_pointer", heads.get("efficient_entity_pointer"))
     classifier: Any = heads.get("sequence_classifier")
     sizes: dict[str, list[str | int]] = {
-        **{name: ["length"] for name in INPUTS},
+        **{name: ["length"] for name in (*INPUTS, POSITIONS)},
+        **{name: ["length", d] for name in _states(model)},
         "last_hidden_state": ["length", d],
         "mlm_logits": ["length", model.config.vocab_size],
         "pooled": [d],

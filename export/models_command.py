@@ -82,7 +82,8 @@ def run(
         typer.Option(
             metavar="F.npz",
             help="token_ids or input_ids (b, n), and as far as given segment_ids or token_type_ids, mask or "
-            "attention_mask, positions or position_ids, all of one shape.",
+            "attention_mask, positions or position_ids, all of one shape. Without positions a token is at its place in "
+            "the array.",
         ),
     ],
     out: Annotated[Path, typer.Option(metavar="G.npz", help="The file to write: every output by its name.")],
@@ -106,7 +107,7 @@ def run(
         ),
     ] = None,
     layers: Annotated[
-        bool, typer.Option("--layers", help="hidden_states.0, the embedding, to hidden_states.L too.")
+        bool, typer.Option("--layers", help="hidden_states.0, the embedding, to hidden_states.L too, in every backend.")
     ] = False,
     mask_from_ids: Annotated[
         str | None,

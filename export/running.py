@@ -9,6 +9,7 @@ float32. PyTorch and ONNX Runtime calculate in the dtype.
 import io
 import zipfile
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -100,7 +101,8 @@ def run(
         its own. mask_from_ids: whose rule makes the mask where none is given; without it every token is real.
 
     Raises: RunError for a backend, dtype or rule that is not known, a mask that is given and asked to be derived, and
-        outputs beyond LARGEST_OUTPUT; as torchimpl.source.find, convert.load, refimpl.model.forward.
+        outputs beyond LARGEST_OUTPUT, and a model with a head that chooses among texts; as torchimpl.source.find,
+        convert.load, refimpl.model.forward.
     """
     for name, value, choices in (("backend", backend, BACKENDS), ("dtype", dtype, DTYPES)):
         if value not in choices:
@@ -113,8 +115,15 @@ def run(
             _refuse("mask_from_ids", "no mask among the inputs", "one")
         given["mask"] = _encoder.mask_from_ids_bert4keras(given["token_ids"])
     held, weights = _model(path, config_file, model, dialect)
+    if held.choosing:
+        _refuse(str(path), "a model of one text a row", "the head multiple_choice, which reads (b, k, n)")
     rows = _rows(held, given["token_ids"].shape, layers)
-    call = {"numpy": _numpy, "torch": _torch, "onnx": _onnx}[backend](held, weights, dtype, layers)
+    # Alike for every backend: torch and ONNX Runtime would say it in their words, or read a table from its end.
+    segment_ids, mask, positions = (given.get(name) for name in ("segment_ids", "mask", "positions"))
+    _encoder.checked_inputs("run", given["token_ids"], segment_ids, mask, positions, held.config)
+    onnx = partial(_onnx, positions=positions is not None)
+    made: Mapping[str, Any] = {"numpy": _numpy, "torch": _torch, "onnx": onnx}
+    call = made[backend](held, weights, dtype, layers)
     parts = []
     for start in range(0, len(given["token_ids"]), rows):
         parts.append(call({name: array[start : start + rows] for name, array in given.items()}))
@@ -185,16 +194,14 @@ def _torch(model: Model, weights: Mapping[str, Any], dtype: str, layers: bool) -
     return call
 
 
-def _onnx(model: Model, weights: Mapping[str, Any], dtype: str, layers: bool) -> Any:
+def _onnx(model: Model, weights: Mapping[str, Any], dtype: str, layers: bool, *, positions: bool) -> Any:
     import onnxruntime
     import torch
 
     from export import model as exported
 
-    if layers:
-        _refuse("backend onnx", "no layers, which its graph does not give", "layers")
     held = {name: tensor.to(getattr(torch, dtype)).numpy() for name, tensor in weights.items()}
-    file = exported.build(model, held).SerializeToString()
+    file = exported.build(model, held, layers=layers, positions=positions).SerializeToString()
     try:
         session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
     except Exception as error:
@@ -202,13 +209,12 @@ def _onnx(model: Model, weights: Mapping[str, Any], dtype: str, layers: bool) ->
     names = [entry.name for entry in session.get_outputs()]
 
     def call(given: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        if "positions" in given:
-            _refuse("backend onnx", "no positions, which its graph counts itself", "positions")
         ids = given["token_ids"]
         filled = {
             "token_ids": ids,
             "segment_ids": given.get("segment_ids", np.zeros_like(ids)),
             "mask": given.get("mask", np.ones(ids.shape, np.bool_)),
+            **({"positions": given["positions"]} if positions else {}),
         }
         return dict(zip(names, session.run(names, filled), strict=True))
 

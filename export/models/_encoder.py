@@ -71,9 +71,14 @@ class Context(NamedTuple):
     frequencies: Value
 
 
-def context(seen: Value, mask: Value, config: Any) -> Context:
-    """The same keys are seen in every layer; positions are 0, 1, 2, ... of the array."""
-    return Context(seen, arange(mask.size(1)), rope.frequencies(config.key_size, base=config.rotary_base))
+def counted(positions: Value | None, mask: Value) -> Value:
+    """The positions (b, n) that are given, else 0, 1, 2, ... of the array."""
+    return arange(mask.size(1)) if positions is None else positions
+
+
+def context(seen: Value, mask: Value, positions: Value | None, config: Any) -> Context:
+    """The same keys are seen in every layer, at the same positions."""
+    return Context(seen, counted(positions, mask), rope.frequencies(config.key_size, base=config.rotary_base))
 
 
 def self_attention(weights: Weights, x: Value, shared: Context, config: Any) -> Value:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from export.graph import Value, arange, constant
+from export.graph import Value, constant
 from export.models import _encoder
 from export.models._encoder import Weights
 from export.ops import attention, norm, pooling
@@ -60,26 +60,31 @@ POOLINGS: Mapping[str, Callable[[Sequence[Value], Value], Value]] = {
 }
 
 
-def entity_pointer(weights: Weights, hidden: Value, mask: Value, *, head: specification.EntityPointer) -> Value:
-    """The score of every span for every type, at the positions 0, 1, 2, ... of the array."""
+def entity_pointer(
+    weights: Weights, hidden: Value, mask: Value, positions: Value | None, *, head: specification.EntityPointer
+) -> Value:
+    """The score of every span for every type, at the positions of the encoder."""
     kernel, bias = weights["entity.kernel"], weights["entity.bias"]
-    positions = arange(mask.size(1))
+    positions = _encoder.counted(positions, mask)
     return spans.global_pointer(hidden, kernel, bias, mask, positions, heads=head.types, base=head.rotary_base)
 
 
 def entity_pointer_efficient(
-    weights: Weights, hidden: Value, mask: Value, *, head: specification.EfficientEntityPointer
+    weights: Weights, hidden: Value, mask: Value, positions: Value | None, *, head: specification.EfficientEntityPointer
 ) -> Value:
     """The same, with one query and key for all types."""
     held = [weights[f"entity.{name}"] for name in ("kernel", "bias", "type_kernel", "type_bias")]
-    return spans.efficient_global_pointer(hidden, *held, mask, arange(mask.size(1)), base=head.rotary_base)
+    positions = _encoder.counted(positions, mask)
+    return spans.efficient_global_pointer(hidden, *held, mask, positions, base=head.rotary_base)
 
 
-def span_pointer(weights: Weights, hidden: Value, mask: Value, *, head: specification.SpanPointer) -> Value:
+def span_pointer(
+    weights: Weights, hidden: Value, mask: Value, positions: Value | None, *, head: specification.SpanPointer
+) -> Value:
     """The score of every span (start, end), of one type and without a bias."""
     kernel = weights["span.kernel"]
     no_bias = constant(np.zeros(2 * head.size, kernel.dtype))
-    positions = arange(mask.size(1))
+    positions = _encoder.counted(positions, mask)
     return spans.global_pointer(hidden, kernel, no_bias, mask, positions, heads=1, base=head.rotary_base)[..., 0, :, :]
 
 
@@ -88,6 +93,7 @@ def given(
     weights: Weights,
     states: Sequence[Value],
     mask: Value,
+    positions: Value | None,
     pooled_: Value | None,
     config: Any,
     choices: Callable[[Value], Value],
@@ -115,7 +121,7 @@ def given(
             there = choices(mask).cast(np.int64).sum(-1) > 0
             return {one: spans.choose(choices(sentence), weights["choice.kernel"], weights["choice.bias"], there)}
         case specification.EntityPointer():
-            return {one: entity_pointer(weights, last, mask, head=head)}
+            return {one: entity_pointer(weights, last, mask, positions, head=head)}
         case specification.EfficientEntityPointer():
-            return {one: entity_pointer_efficient(weights, last, mask, head=head)}
-    return {one: span_pointer(weights, last, mask, head=head)}
+            return {one: entity_pointer_efficient(weights, last, mask, positions, head=head)}
+    return {one: span_pointer(weights, last, mask, positions, head=head)}

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from export.graph import Value, arange
+from export.graph import Value
 from export.models import _encoder
 from export.models._encoder import Weights
 from export.ops import attention_kernel, mixed_chunk_attention, norm, rope
@@ -16,10 +16,16 @@ from refimpl.models.flash import Config
 
 
 def hidden_states(
-    weights: Weights, token_ids: Value, segment_ids: Value, mask: Value, *, config: Config
+    weights: Weights,
+    token_ids: Value,
+    segment_ids: Value,
+    mask: Value,
+    positions: Value | None = None,
+    *,
+    config: Config,
 ) -> list[Value]:
     """The embedding, the output of every layer but the last, and the norm of the last one's: x_0 ... x_(L-1), y."""
-    positions = arange(token_ids.size(1))
+    positions = _encoder.counted(positions, token_ids)
     frequencies = rope.frequencies(config.key_size, base=config.rotary_base)
     rule = _rule(config)
     states = [_encoder.embed(weights, token_ids, segment_ids, epsilon=config.epsilon)]

@@ -20,12 +20,13 @@ def hidden_states(
     token_ids: Value,
     segment_ids: Value,
     mask: Value,
+    positions: Value | None = None,
     *,
     config: Config,
     visible: Callable[[Value, Value], Value] = _encoder.bidirectional,
 ) -> list[Value]:
     """The embedding, the output of every layer but the last, and the norm of the last one's: x_0 ... x_(L-1), y."""
-    seen, positions, frequencies = _encoder.context(visible(mask, segment_ids), mask, config)
+    seen, positions, frequencies = _encoder.context(visible(mask, segment_ids), mask, positions, config)
     rotations = {"interleaved": rope.rotate_interleaved, "half_split": rope.rotate_half_split}
     states = [_encoder.embed(weights, token_ids, segment_ids, epsilon=config.epsilon)]
     for index in range(config.layers):

@@ -19,12 +19,13 @@ def hidden_states(
     token_ids: Value,
     segment_ids: Value,
     mask: Value,
+    positions: Value | None = None,
     *,
     config: Config,
     visible: Callable[[Value, Value], Value] = _encoder.bidirectional,
 ) -> list[Value]:
     """The embedding, then the output of every layer: x_0 ... x_L."""
-    seen, positions, frequencies = _encoder.context(visible(mask, segment_ids), mask, config)
+    seen, positions, frequencies = _encoder.context(visible(mask, segment_ids), mask, positions, config)
     kernel = partial(softmax_plus, n_min=config.n_min)
     states = [_encoder.embed(weights, token_ids, segment_ids, epsilon=config.epsilon)]
     for index in range(config.layers):

@@ -18,6 +18,7 @@ def hidden_states(
     token_ids: Value,
     segment_ids: Value,
     mask: Value,
+    positions: Value | None = None,
     *,
     config: Config,
     visible: Callable[[Value, Value], Value] = _encoder.bidirectional,
@@ -25,7 +26,7 @@ def hidden_states(
     """The embedding, then the output of every layer: x_0 ... x_L."""
     summed = _encoder.embedded(weights, token_ids, segment_ids)
     states = [_encoder.mapped(weights, _normed(weights, "embedding.norm", summed, config))]
-    shared = _encoder.context(attention.per_head(visible(mask, segment_ids)), mask, config)
+    shared = _encoder.context(attention.per_head(visible(mask, segment_ids)), mask, positions, config)
     for index in range(config.layers):
         w, x = _encoder.layer_of(weights, index), states[-1]
         middle = _normed(w, "attention_norm", x + _encoder.self_attention(w, x, shared, config), config)

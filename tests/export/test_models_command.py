@@ -9,7 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from refimpl.models import gau_alpha
+from refimpl import model as specification
+from refimpl.check import DomainError
+from refimpl.model import Model
+from refimpl.models import _heads, gau_alpha
 from tests.golden import checkpoints
 from tests.golden import originals as by_hand
 
@@ -85,8 +88,7 @@ def hugging_face(tmp_path, **options):
 @pytest.mark.parametrize("backend", ["numpy", "torch", "onnx"])
 def test_a_hugging_face_folder_gives_what_transformers_gives(tmp_path, backend):
     folder, ids, given = hugging_face(tmp_path)
-    layers = [] if backend == "onnx" else ["--layers"]
-    words = ("run", folder, "--inputs", ids, "--out", tmp_path / "out.npz", "--backend", backend, *layers)
+    words = ("run", folder, "--inputs", ids, "--out", tmp_path / "out.npz", "--backend", backend, "--layers")
     done = models(*words, "--dtype", "float32")
     assert (done.exit_code, done.stderr) == (0, "")
     assert done.stdout.startswith(f"{tmp_path / 'out.npz'}: last_hidden_state (3, 13, 24), mlm_logits (3, 13, 31)")
@@ -94,10 +96,9 @@ def test_a_hugging_face_folder_gives_what_transformers_gives(tmp_path, backend):
     assert {array.dtype for array in out.values()} == {np.dtype(np.float32)}
     assert far(out["mlm_logits"], given.logits.numpy()) < 5e-6
     assert far(out["last_hidden_state"], given.hidden_states[-1].numpy()) < 5e-6
-    assert len(out) == (2 if backend == "onnx" else 5)
+    assert list(out) == ["last_hidden_state", "mlm_logits", *(f"hidden_states.{i}" for i in range(3))]
     for i, state in enumerate(given.hidden_states):
-        if layers:
-            assert far(out[f"hidden_states.{i}"], state.numpy()) < 5e-6
+        assert far(out[f"hidden_states.{i}"], state.numpy()) < 5e-6
 
 
 def test_a_causal_decoder_of_hugging_face(tmp_path):
@@ -204,10 +205,29 @@ def test_positions_and_batches(gau, tmp_path, monkeypatch):
     assert far(shifted["mlm_logits"], once["mlm_logits"]) < 1e-12
     spread = running.run(folder, {**given, "positions": 2 * moved}, dialect=NEW, mask_from_ids="bert4keras")
     assert far(spread["mlm_logits"], once["mlm_logits"]) > 1e-3
-    # One text at a time.
+    # One text at a time, with its own positions.
     monkeypatch.setattr(running, "LARGEST_SCORES", 1)
     parts = running.run(folder, given, dialect=NEW, mask_from_ids="bert4keras")
     assert all(far(parts[name], array) < 1e-13 for name, array in once.items())
+    rows = {**given, "positions": np.stack([np.arange(26) * factor for factor in (5, -3)])}
+    numpy, torch_, graph = (
+        running.run(folder, rows, dialect=NEW, mask_from_ids="bert4keras", backend=backend, layers=True)
+        for backend in running.BACKENDS
+    )
+    assert list(numpy) == list(torch_) == list(graph) and "hidden_states.0" in numpy
+    for name, array in numpy.items():
+        assert far(graph[name], array) < 1e-12 and far(torch_[name], array) < 1e-12
+    assert far(numpy["mlm_logits"], once["mlm_logits"]) > 1e-3
+
+
+def test_a_model_that_chooses_is_refused(tmp_path):
+    config = gau_alpha.dialect(NEW, vocab_size=11, hidden_size=6, layers=1, expanded_size=8, key_size=4, segments=2)
+    model = Model(config, (_heads.MultipleChoice("first_token"),), "bidirectional")
+    weights = {name: torch.zeros(shape) for name, shape in specification.shapes(model).items()}
+    checkpoint.save(tmp_path / "model", model, weights)
+    for backend in running.BACKENDS:
+        with pytest.raises(running.RunError, match=r"expected a model of one text a row, received the head multiple_"):
+            running.run(tmp_path / "model", {"token_ids": IDS}, backend=backend)
 
 
 @pytest.mark.parametrize(
@@ -216,7 +236,6 @@ def test_positions_and_batches(gau, tmp_path, monkeypatch):
         (["--backend", "jax"], "backend: expected one of numpy, torch, onnx, received 'jax'"),
         (["--dtype", "float16"], "dtype: expected one of float64, float32, received 'float16'"),
         (["--mask-from-ids", "hf"], "mask_from_ids: expected one of bert4keras, received 'hf'"),
-        (["--backend", "onnx", "--layers"], "backend onnx: expected no layers"),
     ],
 )
 def test_options_of_run_that_stop_it(gau, tmp_path, words, message):
@@ -249,6 +268,17 @@ def test_inputs_that_stop_it(gau, tmp_path, arrays, message):
     import re
 
     assert re.search(message, refused(*words))
+
+
+# ONNX Runtime would read the table from its end.
+@pytest.mark.parametrize("backend", ["numpy", "torch", "onnx"])
+def test_ids_beyond_the_table_are_refused_by_every_backend(gau, backend):
+    for given, message in (
+        ({"token_ids": IDS - 1}, r"run: expected token_ids from 0 to 119 \(vocab_size 120\), received -1"),
+        ({"token_ids": IDS, "segment_ids": IDS}, r"run: expected segment_ids from 0 to 1 \(segments 2\), received 2"),
+    ):
+        with pytest.raises(DomainError, match=message):
+            running.run(gau[0], given, dialect=NEW, backend=backend)
 
 
 def test_inputs_that_are_no_npz(tmp_path, monkeypatch):
