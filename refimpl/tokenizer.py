@@ -51,12 +51,14 @@ class Encoded(NamedTuple):
 
     offsets: characters start to end in the text that the token is of (`segment_ids` tells which); (0, 0) for the
         special tokens.
+    length: how many tokens there were before any was cut, the special ones included.
     """
 
     tokens: tuple[str, ...]
     token_ids: tuple[int, ...]
     segment_ids: tuple[int, ...]
     offsets: tuple[Span, ...]
+    length: int
 
 
 class Simplified(NamedTuple):
@@ -151,17 +153,21 @@ class AnyTokenizer:
         self, texts: Sequence[str | None], parts: list[list[Piece]], max_length: int | None, truncate: str
     ) -> Encoded:
         check.domain("tokenizer.encode", truncate in ("left", "right"), "truncate left or right", truncate=truncate)
+        least, lengths = len(parts) + 1, [len(part) for part in parts]
+        length = sum(lengths) + least
         if max_length is not None:
-            least = len(parts) + 1
             check.domain("tokenizer.encode", max_length > least, f"max_length > {least}", max_length=max_length)
-            while sum(map(len, parts)) + least > max_length:
-                longest = max(parts, key=len)
-                del longest[0 if truncate == "left" else -1]
+            kept = _kept(lengths, max_length - least)
+            parts = [
+                part[len(part) - left :] if truncate == "left" else part[:left]
+                for part, left in zip(parts, kept, strict=True)
+            ]
         rows: list[tuple[str, int, int, Span]] = [(FIRST, self.ids[FIRST], 0, (0, 0))]
         for number, (part, text) in enumerate(zip(parts, texts, strict=False)):
             rows += [(self._shown(index, text, span), index, number, span) for index, span in part]
             rows.append((SEPARATOR, self.ids[SEPARATOR], number, (0, 0)))
-        return Encoded(*(tuple(column) for column in zip(*rows, strict=True)))
+        tokens, token_ids, segment_ids, offsets = zip(*rows, strict=True)
+        return Encoded(tokens, token_ids, segment_ids, offsets, length)
 
     def _shown(self, index: int, text: str | None, span: Span) -> str:
         """The token, as `encode` gives it."""
@@ -376,6 +382,20 @@ def _library() -> Any:
         told = "tokenizer: texts need the Python package tokenizers, which is not installed: pip install tokenizers"
         raise ModuleNotFoundError(told, name=error.name) from None
     return tokenizers
+
+
+def _kept(lengths: Sequence[int], most: int) -> list[int]:
+    """What is left of one part or two where the longer loses a token, the first of equals, until they have `most`."""
+    if sum(lengths) <= most:
+        return list(lengths)
+    if len(lengths) == 1:
+        return [most]
+    # Tokens of the longer go until the two are equal; from there on in turns, the first part's before.
+    first, second = lengths
+    short = min(lengths)
+    if most < 2 * short:
+        return [most // 2, most - most // 2]
+    return [most - short, second] if first > second else [first, most - short]
 
 
 def _check_text(text: Any) -> str:

@@ -121,17 +121,14 @@ def encoded(rows: Sequence[Row], tokenizer: AnyTokenizer, length: int) -> Encode
         raise TrainError(f"train: expected a length of 5 or more, [CLS] and [SEP] included, received {length}")
     padding = special(tokenizer, PAD)
     texts = [row.text if row.pair is None else (row.text, row.pair) for row in rows]
-    made = [(one.token_ids, one.segment_ids) for one in tokenizer.encode_batch(texts)]
-    lengths = tuple(len(ids) for ids, _ in made)
-    long = [index for index, whole in enumerate(lengths) if whole > length]
-    for index, one in zip(long, tokenizer.encode_batch([texts[i] for i in long], max_length=length), strict=True):
-        made[index] = one.token_ids, one.segment_ids
-    width = max(len(ids) for ids, _ in made)
+    made = tokenizer.encode_batch(texts, max_length=length)
+    width = max(len(one.token_ids) for one in made)
     token_ids = np.full((len(made), width), padding, np.int64)
     segment_ids, mask = np.zeros_like(token_ids), np.zeros(token_ids.shape, np.bool_)
-    for index, (ids, segments) in enumerate(made):
-        token_ids[index, : len(ids)], segment_ids[index, : len(ids)], mask[index, : len(ids)] = ids, segments, True
-    return Encoded(token_ids, segment_ids, mask, lengths)
+    for index, one in enumerate(made):
+        here = slice(len(one.token_ids))
+        token_ids[index, here], segment_ids[index, here], mask[index, here] = one.token_ids, one.segment_ids, True
+    return Encoded(token_ids, segment_ids, mask, tuple(one.length for one in made))
 
 
 def cut(lengths: Sequence[int], length: int) -> str:

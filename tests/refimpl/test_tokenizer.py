@@ -85,6 +85,39 @@ def test_a_batch_is_its_texts(batch, max_length, truncate) -> None:
         assert len(one.token_ids) <= max_length and one.tokens[-1] == "[SEP]"
 
 
+def test_the_length_before_the_cut_is_told() -> None:
+    made = tokenizer.Tokenizer(VOCAB, lower_case=True)
+    # [CLS] 今 天 天 气 [SEP], and with [CLS] 今 天 天 气 [SEP] 今 天 [SEP] of which five characters are left.
+    assert made.encode("今天天气").length == 6
+    assert made.encode("今天天气", max_length=6).length == 6
+    assert made.encode("今天天气", max_length=3).length == 6
+    found = made.encode("今天天气", "今天", max_length=8)
+    assert (len(found.token_ids), found.length) == (8, 9)
+    assert [one.length for one in made.encode_batch(["", ("", "今")], max_length=4)] == [2, 4]
+
+
+def test_a_text_may_lose_all_its_tokens_on_the_left() -> None:
+    found = tokenizer.Tokenizer(VOCAB, lower_case=True).encode("今天", "气", max_length=4, truncate="left")
+    assert found.tokens == ("[CLS]", "[SEP]", "气", "[SEP]") and found.length == 6
+
+
+@given(st.lists(st.integers(0, 9), min_size=1, max_size=2), st.integers(1, 20), st.sampled_from(["left", "right"]))
+def test_the_longer_text_loses_one_token_after_the_other(lengths, most, truncate) -> None:
+    made = tokenizer.Tokenizer(VOCAB, lower_case=True)
+    parts = ["今天气" * 3, "中国人" * 3]
+    due = [list(part[:size]) for part, size in zip(parts, lengths, strict=False)]
+    given_ = ["".join(part) for part in due]
+    while sum(map(len, due)) > most:
+        (due[0] if len(due[0]) >= len(due[-1]) else due[1]).pop(0 if truncate == "left" else -1)
+    found = made.encode(*given_, max_length=most + len(due) + 1, truncate=truncate)
+    expected = [token for part in due for token in (*part, "[SEP]")]
+    assert found.tokens == ("[CLS]", *expected)
+    assert found.length == sum(lengths) + len(lengths) + 1
+    # Places are those in the text that was not cut.
+    held = [(given_[s], a, b) for s, (a, b) in zip(found.segment_ids, found.offsets, strict=True) if b]
+    assert [text[a:b] for text, a, b in held] == [token for part in due for token in part]
+
+
 @given(texts)
 def test_greedy_words_are_the_text(text) -> None:
     words = tokenizer.greedy(WORDS)(text)

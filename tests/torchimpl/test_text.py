@@ -113,6 +113,19 @@ def test_examples_by_hand(tokenizer):
         text.encoded(rows, tokenizer, 4)
 
 
+def test_texts_are_tokenised_once(tokenizer, monkeypatch):
+    asked = []
+    whole = tokenizer.pieces_batch
+    monkeypatch.setattr(tokenizer, "pieces_batch", lambda texts: asked.extend(texts) or whole(texts))
+    monkeypatch.setattr(tokenizer, "pieces", None)
+    rows = [text.Row("we running far!", None, "a"), text.Row("we run", None, "b")]
+    made, *_, lengths = text.encoded(rows, tokenizer, 5)
+    assert asked == ["we running far!", "we run"] and made.shape == (2, 5) and lengths == (7, 4)
+    asked.clear()
+    *_, lengths = text.encoded([text.Row("we running", "far far far", "a")], tokenizer, 5)
+    assert asked == ["we running", "far far far"] and lengths == (9,)
+
+
 def test_what_is_cut_is_told_in_words():
     assert text.cut((3, 5, 5), 5) == ""
     assert text.cut((3, 6, 5, 1340), 5) == "2 of 4 texts cut to --length 5, the longest from 1,340 tokens"
