@@ -8,8 +8,9 @@ Names, shapes and their configuration decide; no tensor is looked at here. Nothi
 not tell is asked for, and a tensor without a place in the model is an error unless the caller leaves it out by name.
 
 Source: held against checkpoints that their own code wrote and ran: bert4keras (RoFormer, RoFormerV2, GAU-α), Hugging
-Face (RoFormer), JunnYu (RoFormer, RoFormerV2, GAU-α). Read in their code only, since no file of theirs was at hand: the
-names of bert4torch, the next-sentence head in PyTorch (which no published RoFormer has), and the tensors of optimizers.
+Face (RoFormer), JunnYu and bert4torch 0.4.0 and 0.5.4 (RoFormer, RoFormerV2, GAU-α). Read in their code only, since no
+file of theirs was at hand: the next-sentence head of Hugging Face (which no published RoFormer has), and the tensors of
+optimizers.
 Differs: TensorFlow keeps kernels as (in, out), like us, but for the next-sentence head; PyTorch as (out, in).
 """
 
@@ -309,6 +310,9 @@ def constants(given: Mapping[str, Any], *, layout: str, model: str, dialect: str
         _refuse(f"hidden_act one of {', '.join(ACTIVATIONS)}", repr(act))
     if model == "gau_alpha" and ACTIVATIONS[act] != "silu":
         _refuse("hidden_act swish for gau_alpha", repr(act))
+    # In its layers; the norm of the embedding has the one of the configuration.
+    if model == "gau_alpha" and layout == "bert4torch" and given.get("layer_norm_eps", 1e-12) != 1e-12:
+        _refuse("layer_norm_eps 1e-12, which bert4torch's GAU has whatever is said", repr(given["layer_norm_eps"]))
     dialects = importlib.import_module(f"refimpl.models.{model}").DIALECTS
     found = dict(_constants(given, layout, dialects, dialect))
     return found | ({"activation": ACTIVATIONS[act]} if "activation" in found else {})
@@ -396,7 +400,8 @@ def _found_heads(
     decoder = next(iter(_COPIES[layout]), "")
     if transformed and (there(_heads.TransformedLM()) or decoder in tensors):
         heads.append(_heads.TransformedLM())
-    # Where the widths differ a matrix stands before the table, whose name in their files is not known.
+    # Where the widths differ bert4keras has a matrix before the table, and leaves it out of its checkpoints; the ports
+    # in PyTorch have none, so that their heads do not run.
     if not transformed and _encoder.table_width(config) == config.hidden_size:
         heads.append(_heads.TiedLM())
     has_pooler = there(_heads.Pooler("tanh"))

@@ -101,6 +101,8 @@ def _told(made: "Converted", folder: Path) -> list[str]:
         f"heads: {heads}",
         f"{constants}: the constants of {', '.join(plan.dialects) or 'no dialect'}",
     ]
+    if config.model == "roformer_v2" and config.embedding_size != config.hidden_size:
+        lines.append("no language head: what stands before the token table of another width is in no checkpoint")
     copies = [f"{copy} = {of}" for copy, of in plan.copies.items()]
     lines += [f"tied, and equal bit by bit: {', '.join(copies)}"] if copies else []
     lines += [f"without a part in the result: {_few(plan.left_out)}"] if plan.left_out else []

@@ -258,7 +258,8 @@ def masked_lm_tied(
     Raises: ShapeError for weights, table or vectors that do not fit; DomainError for NaN or infinity.
     Precision: as attention.project.
     Source: RoFormerV2 and GAU-α in bert4keras.
-    Differs: JunnYu has no W, so that its head asks for equal widths.
+    Differs: JunnYu has no W, so that its head asks for equal widths. bert4keras has W and leaves it out of its
+        checkpoints: after loading one its logits are those of a random W.
     """
     operation = "heads.masked_lm_tied"
     w = _checked(operation, weights, TiedLM(), config)

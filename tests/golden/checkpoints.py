@@ -25,8 +25,11 @@ def gau_alpha(folder):
     return dict(np.load(HERE / "gau_alpha" / "b4k_gau_alpha.npz"))
 
 
-def tensorflow(folder, kept, config, layers):
-    """bert4keras' checkpoint with the golden arrays `kept` where it has them, and random numbers elsewhere."""
+def tensorflow(folder, kept, config, layers, more=None):
+    """bert4keras' checkpoint with the golden arrays `kept` where it has them, and random numbers elsewhere.
+
+    more: tensors that bert4keras does not write.
+    """
     from tests.golden.originals import BERT4KERAS
     from tests.refimpl import test_bundle as bundles
 
@@ -43,6 +46,7 @@ def tensorflow(folder, kept, config, layers):
                 last = ours.rpartition(".")[2]
                 shape = {"w_in": (d, f), "w_out": (f, d), "b_in": (f,)}.get(last, (d, d) if last[:2] == "w_" else (d,))
                 tensors[theirs] = drawn.standard_normal(shape).astype(np.float32)
+    tensors |= more or {}
     folder.mkdir()
     bundles.write(folder / "bert_model.ckpt", {name: bundles.stored(array) for name, array in tensors.items()})
     (folder / "bert_config.json").write_text(json.dumps(config))

@@ -199,6 +199,13 @@ def test_bert4torch_roformer(norms):
     assert made.copies == {"mlmDecoder.weight": "embeddings.word_embeddings.weight", "mlmDecoder.bias": "mlmBias"}
 
 
+def test_a_gau_of_bert4torch_has_one_epsilon_in_its_layers():
+    # Measured: with 1e-7 in the configuration its embedding has 1e-7, and its layers 1e-12.
+    assert plan(gau("bert4torch"), {**GAU, "layer_norm_eps": 1e-12}).model.config.epsilon == 1e-12
+    with pytest.raises(OriginalError, match="layer_norm_eps 1e-12, which bert4torch's GAU has.*; received 1e-07"):
+        plan(gau("bert4torch"), {**GAU, "layer_norm_eps": 1e-7})
+
+
 def test_bert4torch_roformer_v2():
     keep = ("q.weight", "k.weight", "v.weight", "o.weight", "Dense.weight", "embeddings.weight", "mlmDecoder.weight")
     tensors = {name: s for name, s in bert4torch(V2).items() if name.endswith(keep) and name != "mlmDense.weight"}

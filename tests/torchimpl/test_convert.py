@@ -12,6 +12,7 @@ import pytest
 
 from refimpl import model as specification
 from refimpl.check import SpecError
+from refimpl.model import Model
 from refimpl.models import _encoder
 from refimpl.models._heads import NextSentence, Pooler, TiedLM, TransformedLM
 from tests.golden import checkpoints
@@ -148,6 +149,34 @@ def test_the_first_layer_of_bert4keras_roformer_v2(tmp_path):
         arrays(tmp_path / "out"), ids, original.double["io/segment_ids"], mask, model=held.model
     )
     assert far(got["last_hidden_state"], original.double["io/hidden_1"]) < 1e-13
+
+
+def test_bert4keras_roformer_v2_of_two_widths_has_its_head_in_no_checkpoint(tmp_path):
+    held = dict(np.load(by_hand.COPIES / "b4k_roformer_v2_narrow.npz"))
+    config = {
+        "hidden_size": 12, "embedding_size": 6, "num_hidden_layers": 2, "num_attention_heads": 3,
+        "intermediate_size": 20, "hidden_act": "relu", "vocab_size": 31,
+    }  # fmt: skip
+    kept = {name: array for name, array in held.items() if not name.startswith("io/")}
+    assert checkpoints.tensorflow(tmp_path / "tf", kept, config, 2).keys() == kept.keys()
+    done = run(tmp_path / "tf", tmp_path / "out", "--dialect", NEW)
+    assert (done.exit_code, done.stderr) == (0, "")
+    assert "heads: none" in done.stdout
+    assert "no language head: what stands before the token table of another width is in no" in done.stdout
+    whole, weights, ids = checkpoint.load(tmp_path / "out").model, arrays(tmp_path / "out"), held["io/token_ids"]
+    inputs = ids, held["io/segment_ids"], _encoder.mask_from_ids_bert4keras(ids)
+    made = specification.forward(weights, *inputs, model=whole)
+    assert far(made["last_hidden_state"], held["io/last_hidden_state"]) < 1e-13
+    # With the matrix that bert4keras drew anew, and did not save, its logits are those of the tied head.
+    tied = Model(whole.config, (TiedLM(),), "bidirectional")
+    made = specification.forward({**weights, "mlm.mapping.kernel": held["io/output_mapping"]}, *inputs, model=tied)
+    assert far(made["mlm_logits"], held["io/mlm_logits"]) < 1e-13
+    # A tensor of that name has no place, since nobody writes one.
+    checkpoints.tensorflow(
+        tmp_path / "more", kept, config, 2, {"Output-Mapping/kernel": held["io/output_mapping"]}
+    )  # fmt: skip
+    told = refused(tmp_path / "more", tmp_path / "other", "--dialect", NEW)
+    assert "missing: none; without a place in the model: Output-Mapping/kernel" in " ".join(told.split())
 
 
 def test_every_head_of_bert4keras_roformer(tmp_path):
