@@ -24,8 +24,9 @@ from demo import digits
 from refimpl import multitask as rules
 from refimpl.model import Model
 from refimpl.models import _heads, gau_alpha
-from torchimpl import checkpoint, multitask, train
-from torchimpl.task import Task
+from torchimpl import checkpoint
+from torchimpl.training import loop, multitask
+from torchimpl.training.task import Task
 
 CONFIG = gau_alpha.dialect(
     "bert4keras-0.11.5", vocab_size=17, segments=8, hidden_size=32, layers=2, expanded_size=64, key_size=16
@@ -84,13 +85,13 @@ def digit_tasks() -> dict[str, Task]:
     """The row and the column with the most ink, the first of equals, and the digit."""
     found = digits.load()
 
-    def labelled(images: digits.Images, name: str) -> train.Labelled:
+    def labelled(images: digits.Images, name: str) -> loop.Labelled:
         ink = images.token_ids.reshape(-1, 8, 8)
         labels = {"row": ink.sum(axis=2).argmax(axis=1), "column": ink.sum(axis=1).argmax(axis=1)}
         parts = (images.token_ids, labels.get(name, images.labels), images.segment_ids)
-        return train.Labelled(*map(torch.from_numpy, parts))
+        return loop.Labelled(*map(torch.from_numpy, parts))
 
-    return {name: train.classification(labelled(found.train, name), labelled(found.validation, name))
+    return {name: loop.classification(labelled(found.train, name), labelled(found.validation, name))
             for name in CLASSES}  # fmt: skip
 
 

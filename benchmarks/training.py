@@ -36,9 +36,9 @@ from torch.nn import functional
 
 from refimpl.model import Model as Specification
 from refimpl.models import _heads, flash, gau_alpha, roformer, roformer_v2
-from torchimpl import memory
 from torchimpl.dropout import Dropout
 from torchimpl.model import Model
+from torchimpl.training import memory
 
 PARTS = ("peers", "flash", "compiled", "growth", "v2", "gau", "memory", "dropout", "profile")
 VOCAB = 12000

@@ -24,7 +24,7 @@ from refimpl import model as specification
 from refimpl.model import Model
 from refimpl.models import flash, gau_alpha
 from refimpl.models._heads import SequenceClassifier
-from torchimpl.train import TrainConfig
+from torchimpl.training.loop import TrainConfig
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ def train(out: Path, classifier: Classifier, data: Digits, bars: Bars, *, fresh:
 
         from torchimpl import checkpoint
         from torchimpl import model as modules
-        from torchimpl import train as training
+        from torchimpl.training import loop as training
 
         held = [_labelled(part) for part in data]
         task = training.classification(held[0], held[1], change=digits.jitter)
@@ -197,7 +197,7 @@ def _accuracy(logits: np.ndarray, images: Images) -> float:
 def _labelled(images: Images) -> Any:
     import torch
 
-    from torchimpl.train import Labelled
+    from torchimpl.training.loop import Labelled
 
     token_ids, segment_ids, labels = (torch.from_numpy(array) for array in images)
     return Labelled(token_ids, labels, segment_ids)

@@ -44,7 +44,7 @@ def _run(out: Path, fresh: bool) -> bool:
     from demo import run
     from demo.stage import StageError
     from export.parity import ParityError
-    from torchimpl.train import TrainError
+    from torchimpl.training.loop import TrainError
 
     try:
         return run.run(out, console, errors, fresh=fresh)

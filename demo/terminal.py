@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from torchimpl.train import Progress as Step
+from torchimpl.training.loop import Progress as Step
 
 
 class Bars:

@@ -47,7 +47,7 @@ def counterfeit(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "text", ["import torch", "from torch import nn", "import onnx.helper", "import torchimpl.train"]
+    "text", ["import torch", "from torch import nn", "import onnx.helper", "import torchimpl.training.loop"]
 )
 def test_a_runtime_that_needs_torch_is_refused(counterfeit, whole, tmp_path, text):
     model = whole.out / "gau_alpha" / "exported" / "model.onnx"

@@ -17,7 +17,7 @@ from demo.terminal import Bars
 from export.parity import ParityError
 from tests.demo.conftest import MODELS
 from torchimpl import checkpoint
-from torchimpl.train import TrainError
+from torchimpl.training.loop import TrainError
 
 VOID = {"meta", "br", "link", "img", "input", "hr"}
 

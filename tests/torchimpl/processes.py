@@ -16,15 +16,15 @@ from safetensors.torch import save_file
 
 from refimpl import model as specification
 from refimpl.models import _heads, roformer_v2
-from torchimpl import distributed, pretrain, run, train
 from torchimpl import model as modules
+from torchimpl.training import distributed, loop, pretrain, run
 
 SIZES = {
     "vocab_size": 23, "segments": 2, "embedding_size": 12, "hidden_size": 12, "layers": 2, "heads": 3,
     "intermediate_size": 20,
 }  # fmt: skip
 MODEL = specification.Model(roformer_v2.dialect("bert4keras-0.11.5", **SIZES), (_heads.TiedLM(),), "bidirectional")
-CONFIG = train.TrainConfig(
+CONFIG = loop.TrainConfig(
     epochs=2, batch_size=6, learning_rate=0.01, schedule="linear", warmup=0.2, final=0.1, weight_decay=0.1, clip=0.5,
     seed=3, save_every=2, evaluate_every=3,
 )  # fmt: skip
@@ -64,7 +64,7 @@ def task():
 
 
 def learn(config, folder, progress=None):
-    return train.fit(module(), task(), config, folder, progress)
+    return loop.fit(module(), task(), config, folder, progress)
 
 
 def tell_every_step(folder, pipe):
@@ -76,7 +76,7 @@ def tell_every_step(folder, pipe):
             time.sleep(600)
 
     torch.set_num_threads(1)
-    train.fit(module(0.1), task(), LONG, folder, tell)
+    loop.fit(module(0.1), task(), LONG, folder, tell)
 
 
 def die_while_saving(folder, save):
@@ -92,7 +92,7 @@ def die_while_saving(folder, save):
 
     run.save_file = torn
     torch.set_num_threads(1)
-    train.fit(module(0.1), task(), LONG, folder)
+    loop.fit(module(0.1), task(), LONG, folder)
 
 
 def taken_up(config, folder):

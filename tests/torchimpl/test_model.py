@@ -11,8 +11,9 @@ from refimpl import model as spec
 from refimpl.check import DomainError, ShapeError
 from refimpl.models import _heads
 from tests.refimpl.test_model import ANSWER, CAUSAL, CLASSES, EFFICIENT, ENCODERS, ENTITIES, NEXT, POOLER, TIED, text
-from torchimpl import model, train
+from torchimpl import model
 from torchimpl.model import Model
+from torchimpl.training import loop
 
 EMBEDDING = _heads.SentenceEmbedding("first_last_average")
 SETS = {
@@ -196,13 +197,13 @@ def test_what_does_not_fit_is_refused():
 
 def test_predictions_are_those_of_all_batches_by_name():
     module, (ids, segments, mask, _) = module_of(whole_of("gau_alpha")), given(5)
-    examples = train.Labelled(ids, torch.zeros(5), segments, mask)
+    examples = loop.Labelled(ids, torch.zeros(5), segments, mask)
     expected = module(ids, segments, mask)
     module.train()
-    found = train.predict(module, examples, batch_size=2)
+    found = loop.predict(module, examples, batch_size=2)
     assert module.training and tuple(found) == tuple(expected)
     for key, tensor in found.items():
         torch.testing.assert_close(tensor, expected[key].detach(), rtol=0, atol=1e-12)
-    assert list(train.predict(module, examples, outputs=("embedding", "logits"))) == ["embedding", "logits"]
-    with pytest.raises(train.TrainError, match="the model gives last_hidden_state, .*; it does not give choice_logits"):
-        train.predict(module, examples, outputs=("choice_logits",))
+    assert list(loop.predict(module, examples, outputs=("embedding", "logits"))) == ["embedding", "logits"]
+    with pytest.raises(loop.TrainError, match="the model gives last_hidden_state, .*; it does not give choice_logits"):
+        loop.predict(module, examples, outputs=("choice_logits",))

@@ -16,10 +16,11 @@ from refimpl import model as specification
 from refimpl.check import DomainError, ShapeError
 from refimpl.models import _heads, flash_quad
 from tests.torchimpl.models.test_encoder import inputs_of, module_of
-from torchimpl import checkpoint, journal, start, train_command, training
+from torchimpl import checkpoint
 from torchimpl.model import Model
 from torchimpl.models import _encoder
 from torchimpl.models.flash_quad import FlashQuad
+from torchimpl.training import command, job, journal, start
 
 CASES = {case.name: case for case in judged.cases()}
 TIED = _heads.TiedLM()
@@ -220,7 +221,7 @@ def test_refimpl_train_trains_it_and_goes_on_from_what_was_kept(tmp_path, monkey
 
     def trained(model, out, *more):
         words = ["train", task, model, data, out, "--max-steps", 2, "--batch-size", 8, "--length", 10, *more]
-        done = CliRunner().invoke(train_command.app, [str(word) for word in words])
+        done = CliRunner().invoke(command.app, [str(word) for word in words])
         assert done.exit_code == 0, done.output
         return checkpoint.load(out / "model")
 
@@ -250,5 +251,5 @@ def test_refimpl_train_trains_it_and_goes_on_from_what_was_kept(tmp_path, monkey
 
 
 def test_adapters_find_their_matrices():
-    assert training.LORA_TARGETS["flash_quad"] == ("w_in", "w_out")
-    assert set(training.LORA_TARGETS) == set(specification.config.known())
+    assert job.LORA_TARGETS["flash_quad"] == ("w_in", "w_out")
+    assert set(job.LORA_TARGETS) == set(specification.config.known())

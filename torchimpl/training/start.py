@@ -10,7 +10,7 @@ from refimpl import model as specification
 from refimpl.models import _heads
 from torchimpl import checkpoint
 from torchimpl import model as modules
-from torchimpl.run import TrainError
+from torchimpl.training.run import TrainError
 
 
 class Source(NamedTuple):

@@ -20,8 +20,8 @@ from refimpl import multitask as rules
 from refimpl.check import DomainError
 from refimpl.model import Model
 from refimpl.models import _heads, gau_alpha
-from torchimpl import multitask, pretrain, train
-from torchimpl.task import Task, Work
+from torchimpl.training import loop, multitask, pretrain
+from torchimpl.training.task import Task, Work
 
 # Gradients on what is shared: (3, 4) and (-5, 12), of lengths 5 and 13, and their product is 33.
 SHARED = {"a": (3.0, 4.0), "b": (-5.0, 12.0)}
@@ -406,10 +406,10 @@ def tasks():
         labels = {"row": ink.sum(axis=2).argmax(axis=1), "column": ink.sum(axis=1).argmax(axis=1),
                   "digit": images.labels}[name]  # fmt: skip
         parts = (images.token_ids, labels, images.segment_ids)
-        return train.Labelled(*(torch.from_numpy(np.asarray(part)) for part in parts))
+        return loop.Labelled(*(torch.from_numpy(np.asarray(part)) for part in parts))
 
     return {
-        name: train.classification(labelled(found.train, name, 1000), labelled(found.validation, name, 40))
+        name: loop.classification(labelled(found.train, name, 1000), labelled(found.validation, name, 40))
         for name in SIZES
     }
 
@@ -449,7 +449,7 @@ def apart(one, other):
 
 def test_normalised_gradients_are_unmoved_by_a_loss_times_1000(tasks):
     def loss(branch, batch):
-        # That of train.classification is formed in float32.
+        # That of loop.classification is formed in float32.
         return functional.cross_entropy(branch(batch["token_ids"], batch["segment_ids"])["logits"], batch["labels"])
 
     tasks = {name: dataclasses.replace(task, loss=loss) for name, task in tasks.items()}
@@ -515,7 +515,7 @@ def test_what_a_multitask_model_refuses():
         multitask.MultiTask({})
 
 
-FIT = train.TrainConfig(
+FIT = loop.TrainConfig(
     epochs=2, batch_size=2, learning_rate=0.003, schedule="constant", warmup=0.0, final=1.0, weight_decay=0.01,
     clip=1.0, seed=0, save_every=2,
 )  # fmt: skip
@@ -563,10 +563,10 @@ def test_a_mixture_with_a_language_model_is_fitted_and_goes_on_bit_for_bit(tasks
             network, task, log = mixture_with_mlm(tasks, folder)
             if stop is not None:
                 with pytest.raises(Stopped):
-                    train.fit(network, task, FIT, folder, progress, journals=(log,))
+                    loop.fit(network, task, FIT, folder, progress, journals=(log,))
                 with log.path.open("a") as file:
                     file.write("9,0.3")
-        fitted = train.fit(network, task, FIT, folder, journals=(log,))
+        fitted = loop.fit(network, task, FIT, folder, journals=(log,))
         found.append((fitted, network.state_dict(), log.path.read_text(), log.rows()))
     (whole, weights, text, rows), (again, same, also, _) = found
     assert whole.steps == again.steps and whole.epochs == again.epochs

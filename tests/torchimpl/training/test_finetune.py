@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from refimpl import tokenizer as tokenizers
-from torchimpl import finetune
-from torchimpl.run import TrainError
+from torchimpl.training import finetune
+from torchimpl.training.run import TrainError
 
 
 def saved(file, **changes):

@@ -6,9 +6,10 @@ import torch
 from refimpl import model as specification
 from refimpl.models import _heads
 from tests.torchimpl.test_layers import CONFIGS
-from torchimpl import checkpoint, start
+from torchimpl import checkpoint
 from torchimpl import model as modules
-from torchimpl.run import TrainError
+from torchimpl.training import start
+from torchimpl.training.run import TrainError
 
 HEADS = (_heads.TiedLM(), _heads.SequenceClassifier(labels=3, pooling="first_token"))
 WHOLE = specification.Model(CONFIGS["roformer_v2"], HEADS, "bidirectional")

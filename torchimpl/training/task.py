@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torchimpl import distributed
+from torchimpl.training import distributed
 
 # Tensors by name, their first axis the examples.
 Batch = dict[str, Tensor]

@@ -11,7 +11,7 @@ from typing import NamedTuple
 from refimpl import tokenizer as tokenizers
 from refimpl.tokenizer import CONFIG, FILES, JSON, VOCAB, AnyTokenizer
 from torchimpl import checkpoint
-from torchimpl.run import TrainError
+from torchimpl.training.run import TrainError
 
 
 class Vocabulary(NamedTuple):

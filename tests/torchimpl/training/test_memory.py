@@ -1,4 +1,4 @@
-"""torchimpl.memory: a block that was freed is used again, its pages not asked for anew."""
+"""torchimpl.training.memory: a block that was freed is used again, its pages not asked for anew."""
 
 import os
 import platform
@@ -8,13 +8,13 @@ import sys
 import pytest
 from typer.testing import CliRunner
 
-from torchimpl import memory, train_command
+from torchimpl.training import command, memory
 
 glibc = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="malloc is not glibc's")
 PAGES = 64 * 2**20 // 4096
 PROGRAM = """
 import resource, sys, torch
-from torchimpl import memory
+from torchimpl.training import memory
 kept = memory.keep_freed() if sys.argv[1] == "keep" else None
 for _ in range(20):
     torch.ones(2**24)
@@ -56,5 +56,5 @@ def test_training_on_a_processor_keeps_what_it_frees(monkeypatch, tmp_path, devi
     calls = []
     monkeypatch.setattr(memory, "keep_freed", lambda: calls.append(1))
     absent = [str(tmp_path / name) for name in ("model.json", "corpus.npz", "out")]
-    told = CliRunner().invoke(train_command.app, ["train", "mlm", *absent, "--device", device])
+    told = CliRunner().invoke(command.app, ["train", "mlm", *absent, "--device", device])
     assert (told.exit_code, len(calls)) == (2, asked)

@@ -14,8 +14,8 @@ from rich.console import Console
 from rich.markup import escape
 
 if TYPE_CHECKING:
-    from torchimpl.train import Fitted, Progress
-    from torchimpl.training import Request
+    from torchimpl.training.job import Request
+    from torchimpl.training.loop import Fitted, Progress
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode="rich")
 console = Console()
@@ -47,7 +47,7 @@ numbers that it would have had. OUT/model is the model of the best evaluation wi
 `refimpl export` and as the next MODEL; OUT/run has steps.csv, epochs.csv and loss.svg."""
 DATA = """finetune: .jsonl, .tsv or .csv with text, label and, for pairs, pair; or .npz with token_ids, labels, \
 segment_ids, mask. mlm, causal: .txt (a text a line), .jsonl with text; or .npz with token_ids, mask, words."""
-FIELDS = "JSON with fields of torchimpl.train.TrainConfig; options on the command line override it."
+FIELDS = "JSON with fields of torchimpl.training.loop.TrainConfig; options on the command line override it."
 LORA = "Train adapters of this rank and the head, not the encoder; OUT/adapter is PEFT's folder, OUT/model is merged."
 
 
@@ -128,17 +128,17 @@ def train(
 def _train(given: dict[str, Any]) -> None:
     # Loading all of this takes seconds, in which Ctrl-C is heard as well.
     from refimpl.check import SpecError
-    from torchimpl import distributed, memory, training
     from torchimpl.checkpoint import CheckpointError
     from torchimpl.lora import LoraError
-    from torchimpl.run import TrainError
+    from torchimpl.training import distributed, job, memory
+    from torchimpl.training.run import TrainError
 
     try:
         request = _request(given)
         if request.device == "cpu":
             memory.keep_freed()
         with _shown() as (told, progress):
-            fitted = training.run(request, told, progress)
+            fitted = job.run(request, told, progress)
     except (TrainError, CheckpointError, LoraError, SpecError, OSError) as error:
         words = f"[red]refimpl:[/red] {escape(str(error))}"
         distributed.once(lambda: errors.print(words, soft_wrap=True))
@@ -148,7 +148,7 @@ def _train(given: dict[str, Any]) -> None:
         raise typer.Exit(2) from None
     except KeyboardInterrupt:
         if _first():
-            errors.print(escape(_stopped(given["out"], training.saved_step(given["out"]))), soft_wrap=True)
+            errors.print(escape(_stopped(given["out"], job.saved_step(given["out"]))), soft_wrap=True)
         raise typer.Exit(130) from None
     if _first():
         _conclude(request, fitted)
@@ -165,8 +165,8 @@ def _stopped(out: Path, step: int) -> str:
 def _request(given: dict[str, Any]) -> "Request":
     import dataclasses
 
-    from torchimpl import training
-    from torchimpl.train import TrainConfig
+    from torchimpl.training import job
+    from torchimpl.training.loop import TrainConfig
 
     fields = {field.name for field in dataclasses.fields(TrainConfig)}
     changes = {name: value for name, value in given.items() if name in fields}
@@ -174,7 +174,7 @@ def _request(given: dict[str, Any]) -> "Request":
     rest["task"] = given["task"].value
     if "lora_targets" in rest:
         rest["lora_targets"] = tuple(part.strip() for part in rest["lora_targets"].split(","))
-    return training.Request(**{**rest, "recipe": training.recipe(rest["task"], rest.pop("recipe", None), changes)})
+    return job.Request(**{**rest, "recipe": job.recipe(rest["task"], rest.pop("recipe", None), changes)})
 
 
 @contextlib.contextmanager
@@ -218,7 +218,7 @@ def said(now: "Progress") -> str:
 
 
 def _conclude(request: "Request", fitted: "Fitted") -> None:
-    from torchimpl.training import figures
+    from torchimpl.training.job import figures
 
     console.print(f"best: {figures(fitted.best)}, at step {fitted.best.step} of {len(fitted.steps)}", soft_wrap=True)
     console.print(f"{escape(str(request.out / 'model'))}: the model of that step", soft_wrap=True)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from refimpl import check
-from torchimpl.task import Batch, Task, trimmed
+from torchimpl.training.task import Batch, Task, trimmed
 
 # Of the masks of an evaluation, which are the same every time.
 EVALUATION_SEED = 0

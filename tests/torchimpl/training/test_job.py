@@ -18,8 +18,9 @@ from refimpl import cli
 from refimpl import model as specification
 from refimpl.check import DomainError
 from tests.torchimpl.test_layers import CONFIGS
-from torchimpl import checkpoint, distributed, journal, lora, run, train, train_command, training
+from torchimpl import checkpoint, lora
 from torchimpl import model as modules
+from torchimpl.training import command, distributed, job, journal, loop, run
 
 TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefghijklmnop"]
 
@@ -50,7 +51,7 @@ def undrawn(monkeypatch):
 def asked(files, *words, data="rows.tsv", out, task="finetune", model="roformer_v2.json", stop=None):
     """stop: the step behind which Ctrl-C is pressed."""
     arguments = ["train", task, files / model if isinstance(model, str) else model, files / data, out, *words]
-    real = train_command.said
+    real = command.said
 
     def stopping(now):
         if now.step == stop:
@@ -59,9 +60,9 @@ def asked(files, *words, data="rows.tsv", out, task="finetune", model="roformer_
 
     with pytest.MonkeyPatch.context() as patched:
         if stop is not None:
-            patched.setattr(train_command, "SECONDS", 0.0)
-            patched.setattr(train_command, "said", stopping)
-        return CliRunner().invoke(train_command.app, [str(word) for word in arguments])
+            patched.setattr(command, "SECONDS", 0.0)
+            patched.setattr(command, "said", stopping)
+        return CliRunner().invoke(command.app, [str(word) for word in arguments])
 
 
 def test_a_classifier_is_trained_from_texts(files, tmp_path):
@@ -245,31 +246,31 @@ def test_data_that_the_model_does_not_fit_is_refused(files, tmp_path):
 
 
 def test_the_help_page_teaches():
-    done = CliRunner().invoke(train_command.app, ["train", "--help"], env={"COLUMNS": "200"})
+    done = CliRunner().invoke(command.app, ["train", "--help"], env={"COLUMNS": "200"})
     assert done.exit_code == 0
     for words in ("refimpl train finetune MODEL", "torchrun", "goes on where it was", "--lora-rank", "--accumulate"):
         assert words in done.output
     lines = [line.strip() for line in done.output.splitlines()]
-    for task in training.TASKS:
-        made = training.recipe(task, None, {})
+    for task in job.TASKS:
+        made = job.recipe(task, None, {})
         epochs = f"{made.epochs} epoch{'s' if made.epochs > 1 else ''}"
         rate = f"{made.optimizer}, rate {made.learning_rate}"
         assert f"{task:<9} {epochs}, batches of {made.batch_size}, {rate}" in lines
 
 
 def test_recipes_are_complete_and_strict(tmp_path):
-    for task in training.TASKS:
-        assert training.recipe(task, None, {}) == train.TrainConfig(**training.RECIPES[task])
+    for task in job.TASKS:
+        assert job.recipe(task, None, {}) == loop.TrainConfig(**job.RECIPES[task])
     file = tmp_path / "recipe.json"
     file.write_text(json.dumps({"epochs": 7, "learning_rate": 1, "clip": None, "recompute": True, "seed": 5}))
-    made = training.recipe("mlm", file, {"seed": 6})
+    made = job.recipe("mlm", file, {"seed": 6})
     assert (made.epochs, made.learning_rate, made.clip, made.recompute, made.seed) == (7, 1, None, True, 6)
     # What a run was trained with can be given to another.
     file.write_text(json.dumps(asdict(made)))
-    assert training.recipe("causal", file, {}) == made
+    assert job.recipe("causal", file, {}) == made
     # RoFormerV2's.
     assert (made.optimizer, made.bias_correction) == ("lamb", False)
-    assert training.RECIPES["mlm"]["learning_rate"] == 1.76e-3
+    assert job.RECIPES["mlm"]["learning_rate"] == 1.76e-3
     for wrong, told in (
         ({"epoch": 1}, 'unknown key "epoch"'), ({"epochs": 1.5}, "epochs to be int, received epochs=1.5"),
         ({"epochs": True}, "epochs to be int"), ({"clip": "no"}, "clip to be float or NoneType"),
@@ -277,36 +278,36 @@ def test_recipes_are_complete_and_strict(tmp_path):
     ):  # fmt: skip
         file.write_text(json.dumps(wrong))
         with pytest.raises(DomainError, match=told):
-            training.recipe("mlm", file, {})
+            job.recipe("mlm", file, {})
     with pytest.raises(DomainError, match="one of"):
-        training.recipe("sop", None, {})
+        job.recipe("sop", None, {})
 
 
-NOW = train.Progress(3, 10, 1, 1, 0.12345, 5.0, 3661.4, 1234.5)
+NOW = loop.Progress(3, 10, 1, 1, 0.12345, 5.0, 3661.4, 1234.5)
 
 
 def test_a_terminal_sees_a_bar_and_a_file_sees_lines(monkeypatch):
     shown = []
     for terminal in (True, False):
         console = Console(file=io.StringIO(), force_terminal=terminal, width=120)
-        monkeypatch.setattr(train_command, "console", console)
-        with train_command._shown() as (told, progress):
+        monkeypatch.setattr(command, "console", console)
+        with command._shown() as (told, progress):
             told("[what] is trained")
             progress(NOW)
             progress(NOW)
         shown.append(console.file.getvalue())
     bar = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown[0])
-    assert "[what] is trained" in bar and train_command.said(NOW) in bar and bar != shown[0]
+    assert "[what] is trained" in bar and command.said(NOW) in bar and bar != shown[0]
     # Ten seconds have not passed.
-    assert shown[1] == f"[what] is trained\n{train_command.said(NOW)}\n"
+    assert shown[1] == f"[what] is trained\n{command.said(NOW)}\n"
     monkeypatch.setenv("RANK", "1")
-    with train_command._shown() as (told, progress):
+    with command._shown() as (told, progress):
         told("nothing")
     assert progress is None and console.file.getvalue() == shown[1]
 
 
 def test_time_left_is_told_in_hours():
-    assert train_command.said(NOW) == "step 3/10, loss 0.1235, 1,234 tokens/s, 1:01:01 left"
+    assert command.said(NOW) == "step 3/10, loss 0.1235, 1,234 tokens/s, 1:01:01 left"
 
 
 def test_a_state_is_whole_before_it_is_named(files, tmp_path):

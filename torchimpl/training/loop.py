@@ -22,10 +22,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from refimpl import check
-from torchimpl import distributed, layers, optim
-from torchimpl.run import STATE, Epoch, Journal, Parts, Past, Step, Tables, TrainError, copied, restored, save
-from torchimpl.schedule import SCHEDULES, learning_rate, order, residual_scale
-from torchimpl.task import Batch, Task, Work, backward, divide, tokens
+from torchimpl import layers
+from torchimpl.training import distributed, optim
+from torchimpl.training.run import STATE, Epoch, Journal, Parts, Past, Step, Tables, TrainError, copied, restored, save
+from torchimpl.training.schedule import SCHEDULES, learning_rate, order, residual_scale
+from torchimpl.training.task import Batch, Task, Work, backward, divide, tokens
 
 PRECISIONS = ("float32", "bfloat16")
 
@@ -52,7 +53,7 @@ class TrainConfig:
     epsilon: float = 1e-8
     # By torch.compile: the same mathematics in another order of sums.
     compiled: bool = False
-    # torchimpl/optim.py; bias_correction is LAMB's.
+    # torchimpl/training/optim.py; bias_correction is LAMB's.
     optimizer: Literal["adamw", "adafactor", "lamb"] = "adamw"
     bias_correction: bool = True
     # Micro-batches of an update. The loss stays the mean over the whole batch.
@@ -69,7 +70,7 @@ class TrainConfig:
     evaluate_every: int = 0
     # Evaluations without a better figure after which the run ends; 0 for never.
     patience: int = 0
-    # How several processes share the work: torchimpl/distributed.py.
+    # How several processes share the work: torchimpl/training/distributed.py.
     parallel: Literal["ddp", "fsdp"] = "ddp"
 
     def __post_init__(self) -> None:

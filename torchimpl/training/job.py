@@ -1,6 +1,6 @@
 """A training as people ask for it: a task, a model, files and a recipe; the run, and the model folder that it leaves.
 
-OUT/run/     state, tables, loss.svg, events: torchimpl/run.py and journal.py
+OUT/run/     state, tables, loss.svg, events: torchimpl/training/run.py and journal.py
 OUT/model/   the best weights as a model folder, with the tokenizer
 OUT/classes.json, OUT/adapter/   the names of the classes; the adapter alone, as PEFT has it
 """
@@ -20,12 +20,13 @@ from torch import Tensor
 
 from refimpl import check, config
 from refimpl.tokenizer import MASK, AnyTokenizer
-from torchimpl import checkpoint, distributed, finetune, journal, lora, pretrain, text, train, vocabulary
+from torchimpl import checkpoint, lora
 from torchimpl import model as modules
-from torchimpl import start as starting
-from torchimpl.run import STATE, Epoch, Journal, Step, TrainError
-from torchimpl.task import Task
-from torchimpl.vocabulary import Vocabulary
+from torchimpl.training import distributed, finetune, journal, loop, pretrain, text, vocabulary
+from torchimpl.training import start as starting
+from torchimpl.training.run import STATE, Epoch, Journal, Step, TrainError
+from torchimpl.training.task import Task
+from torchimpl.training.vocabulary import Vocabulary
 
 TASKS = ("finetune", "mlm", "causal")
 # What a run does that is told nothing else. LAMB's rate and missing bias correction are RoFormerV2's.
@@ -71,7 +72,7 @@ class Request:
     model: Path
     data: Path
     out: Path
-    recipe: train.TrainConfig
+    recipe: loop.TrainConfig
     validation: Path | None = None
     hold_out: float = 0.1
     tokenizer: Path | None = None
@@ -102,7 +103,7 @@ class Request:
         check.domain(op, fits, "parallel ddp with adapters", parallel=self.recipe.parallel)
 
 
-def recipe(task: str, file: Path | None, changes: Mapping[str, Any]) -> train.TrainConfig:
+def recipe(task: str, file: Path | None, changes: Mapping[str, Any]) -> loop.TrainConfig:
     """The recipe of a task, changed by a JSON object of fields of TrainConfig, then by `changes`.
 
     Raises: DomainError for an unknown key, a value of another type, and as TrainConfig.
@@ -110,7 +111,7 @@ def recipe(task: str, file: Path | None, changes: Mapping[str, Any]) -> train.Tr
     check.domain("train.recipe", task in TASKS, f"one of {TASKS}", task=task)
     given: Any = {} if file is None else config.read_json(file)
     check.domain("train.recipe", isinstance(given, dict), f"a JSON object in {file}", received=given)
-    kinds = get_type_hints(train.TrainConfig)
+    kinds = get_type_hints(loop.TrainConfig)
     config.check_keys("train.recipe", given, known=list(kinds), required=())
     merged = {**RECIPES[task], **given, **changes}
     for name, value in merged.items():
@@ -119,14 +120,14 @@ def recipe(task: str, file: Path | None, changes: Mapping[str, Any]) -> train.Tr
         fits = value in expected if get_origin(kinds[name]) is Literal else type(value) in allowed
         told = " or ".join(getattr(kind, "__name__", repr(kind)) for kind in expected)
         check.domain("train.recipe", fits, f"{name} to be {told}", **{name: value})
-    return train.TrainConfig(**merged)
+    return loop.TrainConfig(**merged)
 
 
 def run(
     request: Request,
     told: Told = lambda line: None,
-    progress: Callable[[train.Progress], None] | None = None,
-) -> train.Fitted:
+    progress: Callable[[loop.Progress], None] | None = None,
+) -> loop.Fitted:
     """Train what the request asks for, or go on with it, and leave the best weights as a model folder.
 
     told: receives lines about texts that were cut, what is trained and every evaluation. Every process of torchrun
@@ -148,7 +149,7 @@ def run(
             *_events(request),
         ]
         task = dataclasses.replace(task, origin={**task.origin, **_origin(request, source)})
-        fitted = train.fit(module, task, request.recipe, request.out / "run", progress, logs, device=device)
+        fitted = loop.fit(module, task, request.recipe, request.out / "run", progress, logs, device=device)
         if distributed.place().first:
             _keep(request, module, fitted, classes, words)
     return fitted
@@ -207,7 +208,7 @@ def _finetune(request: Request, source: starting.Source, tokenizer: AnyTokenizer
     for name, size in (("token_ids", sizes.vocab_size), ("segment_ids", sizes.segments)):
         _check_ids(request.data, name, (getattr(part, name) for part in data[:2]), size)
     model = starting.classifier(source.model, len(data.classes), request.pooling or starting.pooling(source.model))
-    task = train.classification(data.train, data.validation)
+    task = loop.classification(data.train, data.validation)
     origin = {"data": _hash([*data.train, *data.validation]), "classes": list(data.classes)}
     return model, dataclasses.replace(task, origin=origin), data.classes
 
@@ -320,7 +321,7 @@ def _origin(request: Request, source: starting.Source) -> dict[str, Any]:
 
 
 def _keep(
-    request: Request, module: modules.Model, fitted: train.Fitted, classes: Iterable[str], words: Vocabulary | None
+    request: Request, module: modules.Model, fitted: loop.Fitted, classes: Iterable[str], words: Vocabulary | None
 ) -> None:
     weights: Mapping[str, Tensor] = fitted.weights
     if request.lora_rank:

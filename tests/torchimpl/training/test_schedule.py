@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import pytest
 
-from tests.torchimpl.test_train import CONFIG
-from torchimpl import schedule
+from tests.torchimpl.training.test_loop import CONFIG
+from torchimpl.training import schedule
 
 
 def test_rates_by_hand():

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from refimpl.tokenizer import AnyTokenizer
-from torchimpl import text
-from torchimpl.run import TrainError
-from torchimpl.train import Labelled
+from torchimpl.training import text
+from torchimpl.training.loop import Labelled
+from torchimpl.training.run import TrainError
 
 ARRAYS = ("token_ids", "labels", "segment_ids", "mask")
 

@@ -13,9 +13,9 @@ from torch import nn
 from refimpl import model as specification
 from refimpl.check import DomainError, ShapeError
 from refimpl.models import _heads, roformer_v2
-from tests.torchimpl.test_train import CONFIG
+from tests.torchimpl.training.test_loop import CONFIG
 from torchimpl import model as modules
-from torchimpl import pretrain, train
+from torchimpl.training import loop, pretrain
 
 RULE = pretrain.Masking(mask_id=4, vocab_size=50)
 
@@ -159,7 +159,7 @@ def test_a_causal_model_learns_to_count(tmp_path, precision):
     config = replace(CONFIG, epochs=6, batch_size=16, learning_rate=0.02, weight_decay=0.0, precision=precision)
     told = []
     task = pretrain.causal_lm(counting(160), counting(20))
-    fitted = train.fit(model("causal"), task, config, tmp_path, told.append)
+    fitted = loop.fit(model("causal"), task, config, tmp_path, told.append)
     # Eight tokens in every text.
     assert told[-1].tokens_per_second == pytest.approx(8 * told[-1].samples_per_second)
     assert fitted.best.figures["accuracy"] > 0.95
@@ -170,7 +170,7 @@ def test_a_causal_model_learns_to_count(tmp_path, precision):
 def test_a_masked_model_learns_to_count(tmp_path):
     config = replace(CONFIG, epochs=10, batch_size=16, learning_rate=0.02, weight_decay=0.0, residual_warmup=0.1)
     rule = pretrain.Masking(1, 13, rate=0.3, masked=1.0, random=0.0)
-    fitted = train.fit(model("bidirectional"), pretrain.masked_lm(counting(160), counting(40), rule), config, tmp_path)
+    fitted = loop.fit(model("bidirectional"), pretrain.masked_lm(counting(160), counting(40), rule), config, tmp_path)
     # By chance it is 1 / 11.
     assert fitted.best.figures["accuracy"] > 0.4
     assert fitted.epochs[0].figures["accuracy"] < 0.2
@@ -180,12 +180,12 @@ def test_branches_learn_nothing_before_they_grow(tmp_path):
     moved = []
 
     def backward(work):
-        told = train.backward(work)
+        told = loop.backward(work)
         moved.append(bool(work.model.encoder.layers[0].feed_forward.w_out.grad.any()))
         return told
 
     config = replace(CONFIG, batch_size=16, max_steps=4, residual_warmup=0.5)
     task = replace(pretrain.causal_lm(counting(64), counting(8)), backward=backward)
-    train.fit(model("causal"), task, config, tmp_path)
+    loop.fit(model("causal"), task, config, tmp_path)
     # Scaled by 0, 1/2, 1 and 1.
     assert moved == [False, True, True, True]

@@ -4,8 +4,8 @@ import re
 
 import pytest
 
-from torchimpl import journal
-from torchimpl.run import PLOT, Epoch, Step
+from torchimpl.training import journal
+from torchimpl.training.run import PLOT, Epoch, Step
 
 STEPS = [Step(number, 1, 1 / number, 0.1, 2.0) for number in range(1, 8)]
 EPOCHS = [Epoch(1, 3, 0.6, {"loss": 0.5, "accuracy": 0.25}), Epoch(2, 6, 0.2, {"loss": 0.4, "accuracy": 0.75})]

@@ -16,10 +16,10 @@ from safetensors.torch import load_file
 from refimpl import model as specification
 from refimpl.check import DomainError
 from tests.torchimpl import processes
-from torchimpl import distributed
-from torchimpl.run import TrainError
+from torchimpl.training import distributed
+from torchimpl.training.run import TrainError
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 # Seconds; it takes 15 to 35 on two cores that others use too.
 PATIENCE = 150
 

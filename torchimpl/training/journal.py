@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from torchimpl import checkpoint
-from torchimpl.run import PLOT, Epoch, Step
+from torchimpl.training.run import PLOT, Epoch, Step
 
 EVENTS = "tensorboard"
 # A curve on paper shows no more points than these; each is the mean of its neighbours.

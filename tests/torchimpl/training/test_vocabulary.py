@@ -9,10 +9,11 @@ from refimpl import model as specification
 from refimpl.check import DomainError
 from tests.refimpl.test_tokenizer import TOKENS, json_file, vocab_file
 from tests.torchimpl.test_layers import CONFIGS
-from torchimpl import checkpoint, vocabulary
+from torchimpl import checkpoint
 from torchimpl import model as modules
 from torchimpl.checkpoint import CheckpointError
-from torchimpl.run import TrainError
+from torchimpl.training import vocabulary
+from torchimpl.training.run import TrainError
 
 MODEL = specification.Model(CONFIGS["roformer_v2"], (), "bidirectional")
 LOWER, CASED = TOKENS.index("we"), TOKENS.index("We")

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.lib import format as npy
 
 from refimpl.tokenizer import FIRST, PAD, SEPARATOR, AnyTokenizer
-from torchimpl.run import TrainError
+from torchimpl.training.run import TrainError
 
 Segmenter = Callable[[str], Sequence[str]]
 LARGEST_FILE = 8 << 30

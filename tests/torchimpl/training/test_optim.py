@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from refimpl.check import DomainError
-from tests.torchimpl.test_train import CONFIG
-from torchimpl import optim
+from tests.torchimpl.training.test_loop import CONFIG
+from torchimpl.training import optim
 
 
 def stepped(gradients, **options):

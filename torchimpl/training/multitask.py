@@ -36,8 +36,8 @@ from refimpl import check, multitask
 from refimpl import model as specification
 from refimpl.multitask import Rule
 from torchimpl import model as models
-from torchimpl.run import Epoch, Step
-from torchimpl.task import Batch, Task, Work
+from torchimpl.training.run import Epoch, Step
+from torchimpl.training.task import Batch, Task, Work
 
 # The numbers of the tasks of an update, for so many examples of an epoch.
 Choose = Callable[[int, torch.Generator], Tensor]

@@ -12,9 +12,9 @@ from safetensors import safe_open
 from torch import nn
 
 from refimpl.check import DomainError
-from torchimpl import run, schedule, train
+from torchimpl.training import loop, run, schedule
 
-CONFIG = train.TrainConfig(
+CONFIG = loop.TrainConfig(
     epochs=3, batch_size=5, learning_rate=0.01, schedule="cosine", warmup=0.2, final=0.1, weight_decay=0.1, clip=1.0,
     seed=7, save_every=2,
 )  # fmt: skip
@@ -29,7 +29,7 @@ def network() -> nn.Module:
         return nn.Sequential(nn.Linear(4, 7), nn.Dropout(0.3), nn.Tanh(), nn.Linear(7, 1))
 
 
-def task() -> train.Task:
+def task() -> loop.Task:
     def draw(rows, generator):
         return {"x": X[rows], "noise": torch.randn(len(rows), 4, generator=generator)}
 
@@ -39,7 +39,7 @@ def task() -> train.Task:
     def evaluate(model):
         return {"score": -float((model(X) - X.sum(dim=1, keepdim=True)).square().mean())}
 
-    return train.Task(len(X), draw, loss, evaluate, best="score")
+    return loop.Task(len(X), draw, loss, evaluate, best="score")
 
 
 class Stopped(BaseException):
@@ -58,7 +58,7 @@ def stop_at(step):
 def whole(tmp_path_factory):
     """A run that nothing stopped, and the module that it leaves."""
     model = network()
-    return train.fit(model, task(), CONFIG, tmp_path_factory.mktemp("whole")), model.state_dict()
+    return loop.fit(model, task(), CONFIG, tmp_path_factory.mktemp("whole")), model.state_dict()
 
 
 def assert_same(done, model, whole):
@@ -76,9 +76,9 @@ def assert_same(done, model, whole):
 def test_a_stopped_run_goes_on_bit_for_bit(tmp_path, whole, stops):
     for step in stops:
         with pytest.raises(Stopped):
-            train.fit(network(), task(), CONFIG, tmp_path, stop_at(step))
+            loop.fit(network(), task(), CONFIG, tmp_path, stop_at(step))
     model = network()
-    assert_same(train.fit(model, task(), CONFIG, tmp_path), model, whole)
+    assert_same(loop.fit(model, task(), CONFIG, tmp_path), model, whole)
 
 
 @pytest.mark.parametrize("name", [run.STATE, run.EPOCHS])
@@ -95,23 +95,23 @@ def test_a_run_stopped_while_it_saves_goes_on_bit_for_bit(tmp_path, whole, monke
 
     with monkeypatch.context() as patched, pytest.raises(Stopped):
         patched.setattr(os, moment, stopping)
-        train.fit(network(), task(), CONFIG, tmp_path)
+        loop.fit(network(), task(), CONFIG, tmp_path)
     assert not [part for part in tmp_path.iterdir() if part.name.startswith(".")]
     model = network()
-    assert_same(train.fit(model, task(), CONFIG, tmp_path), model, whole)
+    assert_same(loop.fit(model, task(), CONFIG, tmp_path), model, whole)
 
 
 def test_a_finished_run_is_read_back(tmp_path, whole):
-    train.fit(network(), task(), CONFIG, tmp_path)
+    loop.fit(network(), task(), CONFIG, tmp_path)
     model = network()
-    assert_same(train.fit(model, task(), CONFIG, tmp_path, stop_at(9)), model, whole)
+    assert_same(loop.fit(model, task(), CONFIG, tmp_path, stop_at(9)), model, whole)
 
 
 def test_the_logs_tell_every_step_once(tmp_path, whole):
     fitted, _ = whole
     with pytest.raises(Stopped):
-        train.fit(network(), task(), CONFIG, tmp_path, stop_at(5))
-    train.fit(network(), task(), CONFIG, tmp_path)
+        loop.fit(network(), task(), CONFIG, tmp_path, stop_at(5))
+    loop.fit(network(), task(), CONFIG, tmp_path)
     with (tmp_path / run.STEPS).open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert [int(row["step"]) for row in rows] == list(range(1, 10))
@@ -129,10 +129,10 @@ def test_the_logs_tell_every_step_once(tmp_path, whole):
 ])  # fmt: skip
 def test_every_kind_of_run_goes_on_bit_for_bit(tmp_path, change):
     config, model, again = replace(CONFIG, **change), network(), network()
-    fitted = train.fit(model, task(), config, tmp_path / "whole")
+    fitted = loop.fit(model, task(), config, tmp_path / "whole")
     with pytest.raises(Stopped):
-        train.fit(network(), task(), config, tmp_path / "stopped", stop_at(5))
-    assert_same(train.fit(again, task(), config, tmp_path / "stopped"), again, (fitted, model.state_dict()))
+        loop.fit(network(), task(), config, tmp_path / "stopped", stop_at(5))
+    assert_same(loop.fit(again, task(), config, tmp_path / "stopped"), again, (fitted, model.state_dict()))
     assert fitted.steps[-1].loss != fitted.steps[0].loss
 
 
@@ -141,24 +141,24 @@ def test_every_kind_of_run_goes_on_bit_for_bit(tmp_path, change):
 ])  # fmt: skip
 def test_the_state_of_another_run_is_refused(tmp_path, change, named):
     with pytest.raises(Stopped):
-        train.fit(network(), task(), CONFIG, tmp_path, stop_at(2))
-    with pytest.raises(train.TrainError, match=f"another run, which differs in {named}"):
-        train.fit(network(), task(), replace(CONFIG, **change), tmp_path)
-    with pytest.raises(train.TrainError, match="differs in weights"):
-        train.fit(nn.Linear(4, 1), task(), CONFIG, tmp_path)
+        loop.fit(network(), task(), CONFIG, tmp_path, stop_at(2))
+    with pytest.raises(loop.TrainError, match=f"another run, which differs in {named}"):
+        loop.fit(network(), task(), replace(CONFIG, **change), tmp_path)
+    with pytest.raises(loop.TrainError, match="differs in weights"):
+        loop.fit(nn.Linear(4, 1), task(), CONFIG, tmp_path)
 
 
 @pytest.mark.parametrize("data", [b"", b"nonsense", b"\x08\0\0\0\0\0\0\0{}      "])
 def test_a_damaged_state_is_refused(tmp_path, data):
     (tmp_path / run.STATE).write_bytes(data)
-    with pytest.raises(train.TrainError, match="is no state of a run"):
-        train.fit(network(), task(), CONFIG, tmp_path)
+    with pytest.raises(loop.TrainError, match="is no state of a run"):
+        loop.fit(network(), task(), CONFIG, tmp_path)
 
 
 def test_a_loss_that_is_no_number_stops_the_run(tmp_path):
     broken = replace(task(), loss=lambda model, batch: model(batch["x"]).mean() * float("nan"))
-    with pytest.raises(train.TrainError, match="step 1: the loss is nan"):
-        train.fit(network(), broken, CONFIG, tmp_path)
+    with pytest.raises(loop.TrainError, match="step 1: the loss is nan"):
+        loop.fit(network(), broken, CONFIG, tmp_path)
     assert not (tmp_path / run.STATE).exists()
 
 
@@ -168,15 +168,15 @@ def test_the_first_update_by_hand(tmp_path):
     nn.init.ones_(model.weight)
     nn.init.ones_(model.bias)
     model.gamma = nn.Parameter(torch.ones(4, 2))
-    simple = train.Task(
+    simple = loop.Task(
         2, lambda rows, g: {"x": torch.ones(2, 1)}, lambda m, batch: m(batch["x"]).mean() + m.gamma.sum(),
         lambda m: {"s": 0.0}, "s",
     )  # fmt: skip
-    config = train.TrainConfig(
+    config = loop.TrainConfig(
         epochs=1, batch_size=2, learning_rate=0.1, schedule="constant", warmup=0.0, final=1.0, weight_decay=0.5,
         clip=1.0, seed=0, save_every=1,
     )  # fmt: skip
-    fitted = train.fit(model, simple, config, tmp_path)
+    fitted = loop.fit(model, simple, config, tmp_path)
     assert model.weight.item() == pytest.approx(0.85, abs=1e-6)
     assert model.bias.item() == pytest.approx(0.9, abs=1e-6)
     assert model.gamma.detach().numpy() == pytest.approx(0.9, abs=1e-6)
@@ -192,7 +192,7 @@ def test_the_batches_follow_the_order_of_their_epoch(tmp_path):
         seen.append(rows.tolist())
         return real(rows, generator)
 
-    train.fit(network(), replace(task(), draw=draw), CONFIG, tmp_path)
+    loop.fit(network(), replace(task(), draw=draw), CONFIG, tmp_path)
     assert [len(rows) for rows in seen] == [5, 5, 3] * 3
     for epoch in range(3):
         assert sum(seen[3 * epoch : 3 * epoch + 3], []) == schedule.order(7, epoch, 13).tolist()
@@ -206,7 +206,7 @@ def test_the_first_of_the_best_epochs_is_kept(tmp_path):
         kept.append(model[0].weight.clone())
         return {"score": next(scores)}
 
-    fitted = train.fit(network(), replace(task(), evaluate=evaluate), replace(CONFIG, epochs=4), tmp_path)
+    fitted = loop.fit(network(), replace(task(), evaluate=evaluate), replace(CONFIG, epochs=4), tmp_path)
     assert fitted.best.epoch == 2
     assert torch.equal(fitted.weights["0.weight"], kept[1])
     assert not torch.equal(kept[1], kept[2])
@@ -214,15 +214,15 @@ def test_the_first_of_the_best_epochs_is_kept(tmp_path):
 
 def test_a_figure_that_was_never_a_number_is_an_error(tmp_path):
     blind = replace(task(), evaluate=lambda model: {"score": float("nan")})
-    with pytest.raises(train.TrainError, match="score was never a number in 3 epochs"):
-        train.fit(network(), blind, CONFIG, tmp_path)
+    with pytest.raises(loop.TrainError, match="score was never a number in 3 epochs"):
+        loop.fit(network(), blind, CONFIG, tmp_path)
 
 
 def test_progress_and_the_random_numbers_of_others(tmp_path):
     torch.manual_seed(11)
     before = torch.get_rng_state()
     told = []
-    fitted = train.fit(network(), task(), CONFIG, tmp_path, told.append)
+    fitted = loop.fit(network(), task(), CONFIG, tmp_path, told.append)
     assert torch.equal(torch.get_rng_state(), before)
     assert [(now.step, now.steps, now.epoch, now.epochs) for now in told][-1] == (9, 9, 3, 3)
     assert told[1].loss == pytest.approx(np.mean([step.loss for step in fitted.steps[:2]]))
@@ -254,7 +254,7 @@ def test_classification_learns_what_can_be_learnt(tmp_path):
     ids = torch.from_numpy(drawn.integers(0, 10, (200, 5)))
     mask = torch.from_numpy(drawn.random((200, 5)) < 0.8)
     labels = ((ids * mask).sum(dim=1) > 18).long()
-    examples = train.Labelled(ids, labels, mask=mask)
+    examples = loop.Labelled(ids, labels, mask=mask)
     parts = examples.take(slice(0, 150)), examples.take(slice(150, 200))
     seen = []
 
@@ -263,14 +263,14 @@ def test_classification_learns_what_can_be_learnt(tmp_path):
         return token_ids + torch.randint(0, 2, token_ids.shape, generator=generator)
 
     config = replace(CONFIG, epochs=30, batch_size=25, learning_rate=0.3, weight_decay=0.0)
-    fitted = train.fit(Counting(), train.classification(*parts, change=change), config, tmp_path)
+    fitted = loop.fit(Counting(), loop.classification(*parts, change=change), config, tmp_path)
     assert set(seen) == {(25, 5)}
     assert fitted.best.figures["accuracy"] >= 0.9
     assert fitted.epochs[-1].figures["loss"] < fitted.epochs[0].figures["loss"]
 
 
 def test_the_state_is_plain_numbers(tmp_path):
-    train.fit(network(), task(), CONFIG, tmp_path)
+    loop.fit(network(), task(), CONFIG, tmp_path)
     with safe_open(tmp_path / run.STATE, "pt") as held:
         names = set(held.keys())
     assert {"steps", "random/torch/0", "random/task", "model/0.weight", "best/0.weight"} <= names
@@ -289,7 +289,7 @@ def counted(size=12):
         errors = (model(batch["x"]) - 1).square()[:, 0]
         return (errors * batch["weight"]).sum() / max(int(batch["weight"].sum()), 1)
 
-    return train.Task(size, draw, loss, lambda m: {"s": 0.0}, "s", count=lambda batch: int(batch["weight"].sum()))
+    return loop.Task(size, draw, loss, lambda m: {"s": 0.0}, "s", count=lambda batch: int(batch["weight"].sum()))
 
 
 @pytest.mark.parametrize("accumulate", [2, 3, 12])
@@ -300,7 +300,7 @@ def test_micro_batches_have_the_gradient_of_the_whole_batch(tmp_path, accumulate
     nn.init.constant_(model.weight, 0.5)
     sizes = []
     model.register_forward_hook(lambda module, given, output: sizes.append(len(output)))
-    step = train.fit(model, counted(), config, tmp_path).steps[0]
+    step = loop.fit(model, counted(), config, tmp_path).steps[0]
     assert sizes == [12 // accumulate] * accumulate
     x, weight = np.arange(1.0, 13), np.arange(12) % 4
     assert step.loss == pytest.approx((weight * (0.5 * x - 1) ** 2).sum() / weight.sum(), rel=1e-6)
@@ -311,7 +311,7 @@ def test_a_batch_that_counts_nothing_moves_nothing(tmp_path):
     model = nn.Linear(1, 1, bias=False)
     before = model.weight.item()
     empty = replace(counted(), draw=lambda rows, generator: {"x": torch.ones(len(rows), 1), "weight": rows * 0})
-    fitted = train.fit(model, empty, replace(CONFIG, accumulate=2, weight_decay=0.0), tmp_path)
+    fitted = loop.fit(model, empty, replace(CONFIG, accumulate=2, weight_decay=0.0), tmp_path)
     assert {step.loss for step in fitted.steps} == {0.0}
     assert model.weight.item() == before
 
@@ -320,7 +320,7 @@ def test_the_forward_pass_in_bfloat16(tmp_path):
     seen = set()
     model = network()
     model[0].register_forward_hook(lambda module, given, output: seen.add((module.training, output.dtype)))
-    fitted = train.fit(model, task(), replace(CONFIG, epochs=20, precision="bfloat16"), tmp_path)
+    fitted = loop.fit(model, task(), replace(CONFIG, epochs=20, precision="bfloat16"), tmp_path)
     # Evaluations are in float32.
     assert seen == {(True, torch.bfloat16), (False, torch.float32)}
     assert {tensor.dtype for tensor in fitted.weights.values()} == {torch.float32}
@@ -336,22 +336,22 @@ def scored(*scores):
 
 def test_a_run_ends_when_nothing_gets_better(tmp_path):
     config = replace(CONFIG, epochs=9, patience=2)
-    fitted = train.fit(network(), scored(0.1, 0.4, 0.4, 0.3, 0.9), config, tmp_path)
+    fitted = loop.fit(network(), scored(0.1, 0.4, 0.4, 0.3, 0.9), config, tmp_path)
     assert [epoch.epoch for epoch in fitted.epochs] == [1, 2, 3, 4]
     assert fitted.best.epoch == 2
     # Taken up, it has ended: no evaluation is asked for.
-    assert train.fit(network(), scored(), config, tmp_path).best == fitted.best
+    assert loop.fit(network(), scored(), config, tmp_path).best == fitted.best
 
 
 def test_the_smallest_figure_can_be_the_best(tmp_path):
-    fitted = train.fit(network(), replace(scored(0.3, 0.1, 0.1), smallest=True), CONFIG, tmp_path)
+    fitted = loop.fit(network(), replace(scored(0.3, 0.1, 0.1), smallest=True), CONFIG, tmp_path)
     assert fitted.best.epoch == 2
     ended = replace(scored(0.1, 0.3), smallest=True)
-    assert len(train.fit(network(), ended, replace(CONFIG, patience=1), tmp_path / "b").epochs) == 2
+    assert len(loop.fit(network(), ended, replace(CONFIG, patience=1), tmp_path / "b").epochs) == 2
 
 
 def test_evaluations_by_steps_and_the_last(tmp_path):
-    fitted = train.fit(network(), task(), replace(CONFIG, evaluate_every=4), tmp_path)
+    fitted = loop.fit(network(), task(), replace(CONFIG, evaluate_every=4), tmp_path)
     assert [(epoch.epoch, epoch.step) for epoch in fitted.epochs] == [(2, 4), (3, 8), (3, 9)]
     losses = [step.loss for step in fitted.steps]
     assert fitted.epochs[1].loss == pytest.approx(np.mean(losses[4:8]))
@@ -359,7 +359,7 @@ def test_evaluations_by_steps_and_the_last(tmp_path):
 
 def test_the_schedule_ends_with_the_last_of_so_many_steps(tmp_path):
     config = replace(CONFIG, max_steps=5, warmup=0.0, final=0.0, schedule="linear")
-    fitted = train.fit(network(), task(), config, tmp_path)
+    fitted = loop.fit(network(), task(), config, tmp_path)
     assert [step.learning_rate for step in fitted.steps] == pytest.approx([0.01, 0.008, 0.006, 0.004, 0.002])
     assert [epoch.step for epoch in fitted.epochs] == [3, 5]
 
@@ -372,7 +372,7 @@ def test_a_task_can_own_its_gradients_and_remember(tmp_path):
 
         def backward(work):
             assert work.task is made and sum(share for _, share in work.pieces) == pytest.approx(1)
-            loss = train.backward(work)
+            loss = loop.backward(work)
             for parameter in work.model.parameters():
                 parameter.grad.fill_(1)
             memory["updates"] += 1
@@ -383,20 +383,20 @@ def test_a_task_can_own_its_gradients_and_remember(tmp_path):
 
     config = replace(CONFIG, accumulate=2, save_every=1)
     with pytest.raises(Stopped):
-        train.fit(network(), own(), config, tmp_path, stop_at(3))
+        loop.fit(network(), own(), config, tmp_path, stop_at(3))
     last = own()
-    fitted = train.fit(network(), last, config, tmp_path)
+    fitted = loop.fit(network(), last, config, tmp_path)
     weights = sum(parameter.numel() for parameter in network().parameters())
     assert {round(step.gradient_norm**2, 3) for step in fitted.steps} == {weights}
     assert int(last.memory["updates"]) == len(fitted.steps) == 9
 
 
 def test_the_state_of_other_data_is_refused(tmp_path):
-    train.fit(network(), replace(task(), origin={"data": "a"}), CONFIG, tmp_path)
-    with pytest.raises(train.TrainError, match=r"differs in data \('a' then, 'b' now\)"):
-        train.fit(network(), replace(task(), origin={"data": "b"}), CONFIG, tmp_path)
-    with pytest.raises(train.TrainError, match="differs in data"):
-        train.fit(network(), task(), CONFIG, tmp_path)
+    loop.fit(network(), replace(task(), origin={"data": "a"}), CONFIG, tmp_path)
+    with pytest.raises(loop.TrainError, match=r"differs in data \('a' then, 'b' now\)"):
+        loop.fit(network(), replace(task(), origin={"data": "b"}), CONFIG, tmp_path)
+    with pytest.raises(loop.TrainError, match="differs in data"):
+        loop.fit(network(), task(), CONFIG, tmp_path)
 
 
 def test_journals_are_told_everything_once(tmp_path):
@@ -407,12 +407,12 @@ def test_journals_are_told_everything_once(tmp_path):
             return lambda *given: calls.append((name, *map(len, given[:1]))) if name != "step" else calls.append(given)
 
     with pytest.raises(Stopped):
-        train.fit(network(), task(), replace(CONFIG, save_every=1), tmp_path, stop_at(2), [Journal()])
+        loop.fit(network(), task(), replace(CONFIG, save_every=1), tmp_path, stop_at(2), [Journal()])
     assert [call for call in calls if call[0] in ("begin", "close")] == [("begin", 0), ("close",)]
     del calls[:]
-    fitted = train.fit(network(), task(), replace(CONFIG, save_every=1), tmp_path, None, [Journal()])
+    fitted = loop.fit(network(), task(), replace(CONFIG, save_every=1), tmp_path, None, [Journal()])
     assert calls[0] == ("begin", 2) and calls[-1] == ("close",)
-    assert [call[0] for call in calls if isinstance(call[0], train.Step)] == list(fitted.steps[2:])
+    assert [call[0] for call in calls if isinstance(call[0], loop.Step)] == list(fitted.steps[2:])
     assert [call for call in calls if call[0] == "evaluated"] == [("evaluated", 3), ("evaluated", 6), ("evaluated", 9)]
 
 
@@ -429,5 +429,5 @@ def test_a_configuration_that_cannot_be_is_refused(change):
 def test_what_a_model_lacks_is_said_before_it_is_trained(tmp_path):
     for change in ({"recompute": True}, {"residual_warmup": 0.5}):
         with pytest.raises(DomainError, match="layers"):
-            train.fit(network(), task(), replace(CONFIG, **change), tmp_path)
+            loop.fit(network(), task(), replace(CONFIG, **change), tmp_path)
     assert not (tmp_path / run.STATE).exists()

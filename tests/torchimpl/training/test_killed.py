@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.torchimpl import processes
-from torchimpl import run, train
+from torchimpl.training import loop, run
 
 KILLS = 10
 
@@ -28,7 +28,7 @@ def forking():
 def whole(tmp_path_factory):
     """The run that nothing stopped, the module that it leaves, and its last state."""
     folder, module = tmp_path_factory.mktemp("whole"), processes.module(0.1)
-    fitted = train.fit(module, processes.task(), processes.LONG, folder)
+    fitted = loop.fit(module, processes.task(), processes.LONG, folder)
     return fitted, module.state_dict(), load_file(folder / run.STATE)
 
 
@@ -52,7 +52,7 @@ def assert_goes_on(folder, whole):
     """Losses, weights, and all of the last state: moments, random numbers, log."""
     fitted, last, state = whole
     module = processes.module(0.1)
-    again = train.fit(module, processes.task(), processes.LONG, folder)
+    again = loop.fit(module, processes.task(), processes.LONG, folder)
     assert again.steps == fitted.steps and again.epochs == fitted.epochs and again.best == fitted.best
     assert all(torch.equal(module.state_dict()[name], tensor) for name, tensor in last.items())
     assert all(torch.equal(again.weights[name], tensor) for name, tensor in fitted.weights.items())

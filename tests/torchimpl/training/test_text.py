@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from refimpl import tokenizer as tokenizers
-from torchimpl import text
-from torchimpl.run import TrainError
+from torchimpl.training import text
+from torchimpl.training.run import TrainError
 
 TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "we", "run", "##ning", "##s", "far", "天", "气", "好", "!"]
 

@@ -20,7 +20,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from torchimpl import checkpoint, distributed
+from torchimpl import checkpoint
+from torchimpl.training import distributed
 
 FORMAT = 2
 STATE, STEPS, EPOCHS, PLOT = "state.safetensors", "steps.csv", "epochs.csv", "loss.svg"
