@@ -182,7 +182,9 @@ def _torch(model: Model, weights: Mapping[str, Any], dtype: str, layers: bool) -
     from torchimpl import checkpoint
 
     kind = getattr(torch, dtype)
-    module = checkpoint.module(model, {name: tensor.to(kind) for name, tensor in weights.items()}).to(kind).eval()
+    # A module begins in float32, which would round weights of float64.
+    module = checkpoint.module(model).to(kind).eval()
+    module.load_weights({name: tensor.to(kind) for name, tensor in weights.items()})
 
     def call(given: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         tensors = {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in given.items()}

@@ -167,6 +167,21 @@ def test_weights_in_float64_are_rounded_for_float32(gau, tmp_path):
         assert np.array_equal(one["mlm_logits"], other["mlm_logits"]) == equal
 
 
+@pytest.mark.parametrize("backend", ["torch", "onnx"])
+def test_weights_that_only_float64_holds_are_not_rounded(gau, tmp_path, backend):
+    folder, ids, _ = gau
+    file = running.inputs(ids)
+    held, weights = running._model(folder, None, None, OLD)
+    rng = np.random.default_rng(3)
+    weights = {
+        name: w.double() * torch.from_numpy(1 + rng.uniform(-1e-8, 1e-8, w.shape)) for name, w in weights.items()
+    }
+    assert any(not torch.equal(w, w.float().double()) for w in weights.values())
+    checkpoint.save(tmp_path / "wide", held, weights)
+    expected = running.run(tmp_path / "wide", file)["last_hidden_state"]
+    assert far(running.run(tmp_path / "wide", file, backend=backend)["last_hidden_state"], expected) < 1e-13
+
+
 def test_no_mask_is_derived_unless_it_is_asked_for(gau, tmp_path):
     folder, ids, io = gau
     assert models("run", folder, "--inputs", ids, "--out", tmp_path / "o.npz", "--dialect", NEW).exit_code == 0
