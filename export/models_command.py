@@ -161,6 +161,34 @@ def explain(
     _explain(said)
 
 
+@models.command()
+def preset(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="roformer, roformer_v2 or gau_alpha.")],
+    size: Annotated[str, typer.Argument(metavar="SIZE", help="A published one, such as small or base.")],
+    dialect: Annotated[str, typer.Option(metavar="NAME", help="Whose constants: bert4keras-0.11.5, junnyu, ...")],
+    sizes: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="FIELD=N", help="Another size than the published one; again for more."),
+    ] = None,
+) -> None:
+    """Print the JSON of a model of a published size, for `refimpl train`, which gives it new weights and a head.
+
+    refimpl models preset roformer_v2 small --dialect bert4keras-0.11.5 --set vocab_size=21128 > model.json
+    """
+    with told():
+        from refimpl import dialects
+        from refimpl import model as specification
+
+        changed = {}
+        for one in sizes or ():
+            name, _, number = one.partition("=")
+            if not number.isdecimal():
+                raise typer.BadParameter(f"expected FIELD=N with a whole number N, received {one!r}")
+            changed[name] = int(number)
+        made = dialects.preset(model, size, dialect, changed)
+    typer.echo(json.dumps(specification.to_dict(made), indent=2))
+
+
 def _explain(said: Any) -> None:
     keys = [key for key in said.constants if key != "activation"]
     table = Table("dialect", *keys, "equal", "vectors", "short text", "logits", "short text")

@@ -75,6 +75,21 @@ class Measured:
     logits_short: float
 
 
+def preset(model: str, size: str, dialect: str, changed: Mapping[str, int]) -> Model:
+    """The encoder of a published size with a dialect's constants and without heads; `changed` replaces sizes of it.
+
+        preset("roformer_v2", "small", "bert4keras-0.11.5", {"vocab_size": 21128})
+
+    Raises: DomainError for a model, a size, a dialect or a name among `changed` that is not listed, and as its Config.
+    """
+    of(model)
+    module: Any = importlib.import_module(f"refimpl.models.{model}")
+    check.domain("dialects.preset", size in module.SIZES, "one of " + ", ".join(module.SIZES), size=size)
+    unknown = sorted(changed.keys() - module.SIZES[size].keys())
+    check.domain("dialects.preset", not unknown, "sizes among " + ", ".join(module.SIZES[size]), received=unknown)
+    return Model(module.dialect(dialect, **{**module.SIZES[size], **changed}), (), "bidirectional")
+
+
 def of(model: str) -> Mapping[str, Mapping[str, Any]]:
     """The dialects of a model, by name.
 

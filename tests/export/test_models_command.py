@@ -459,3 +459,33 @@ def test_every_layer_of_the_originals(tmp_path, name):
     for i in range(count):
         if f"hidden_{i}" in io:
             assert far(out[f"hidden_states.{i}"], io[f"hidden_{i}"]) < 1e-13
+
+
+def test_a_preset_is_the_published_model_for_training(tmp_path):
+    done = models("preset", "roformer_v2", "small", "--dialect", NEW)
+    made = specification.from_dict(json.loads(done.stdout))
+    assert (done.exit_code, made.heads, made.visible) == (0, (), "bidirectional")
+    # Published without its head, which has no weights but the bias of 12,000 tokens.
+    assert sum(int(np.prod(shape)) for shape in specification.shapes(made).values()) == 15_225_600
+    assert (made.config.layers, made.config.epsilon) == (6, 1e-7)
+    other = models("preset", "gau_alpha", "base", "--dialect", "junnyu", "--set", "layers=2", "--set", "vocab_size=97")
+    assert json.loads(other.stdout)["encoder"] == {
+        "model": "gau_alpha", "vocab_size": 97, "hidden_size": 768, "layers": 2, "expanded_size": 1536, "key_size": 128,
+        "segments": 2, "n_min": 1, "epsilon": 1e-12, "rotary_base": 10000.0,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (("flash", "base", "--dialect", NEW), "a model with dialects: roformer, roformer_v2, gau_alpha"),
+        (("gau_alpha", "small", "--dialect", NEW), "expected one of base, received size='small'"),
+        (("gau_alpha", "base", "--dialect", "su"), "expected one of bert4keras-0.11.3"),
+        (("gau_alpha", "base", "--dialect", NEW, "--set", "n_min=3"), "expected sizes among vocab_size, segments"),
+        (("gau_alpha", "base", "--dialect", NEW, "--set", "model=3"), "received=['model']"),
+        (("gau_alpha", "base", "--dialect", NEW, "--set", "layers=0"), "layers=0"),
+        (("gau_alpha", "base", "--dialect", NEW, "--set", "layers"), "expected FIELD=N"),
+    ],
+)
+def test_presets_that_are_not_there(words, told):
+    assert told in refused("preset", *words)
