@@ -121,12 +121,11 @@ def check(
 def show(run: runner.Run) -> None:
     """The table and the failures of a run, on the terminal."""
     console.print(report.table(run))
-    laws = report.failing_laws(run)
-    for verdict in run.failures[:SHOWN]:
-        text = runner.message(verdict, laws.get((verdict.implementation, verdict.op, verdict.dtype), ()), run.adapter)
-        console.print(f"[red]-\\[x][/red] {escape(verdict.implementation)}: {escape(text)}", soft_wrap=True)
-    if len(run.failures) > SHOWN:
-        console.print(f"... and {len(run.failures) - SHOWN} more; --html or --json shows all of them")
+    failures = report.failures(run)
+    for implementation, text in failures[:SHOWN]:
+        console.print(f"[red]-\\[x][/red] {escape(implementation)}: {escape(text)}", soft_wrap=True)
+    if len(failures) > SHOWN:
+        console.print(f"... and {len(failures) - SHOWN} more; --html or --json shows all of them")
     for complaint in run.complaints:
         console.print(f"[red]-\\[x][/red] {escape(complaint)}", soft_wrap=True)
     for reason, count in report.skips(run):
@@ -356,15 +355,17 @@ def _matrix() -> Table:
 
 
 def _described(name: str) -> str:
-    """How a model is called, and what it is held against."""
+    """How a model is called, and what it is held against; of the lists one name a line, for names hold commas."""
     module = model.MODELS()[name]
     lists: dict[str, Any] = {"cases": model.CASES()[name], "laws": model.laws(name), "known wrong models": module.WRONG}
     parts = [inspect.cleandoc(module.__doc__ or ""), (inspect.cleandoc(model.__doc__ or "")).partition("\n\n")[2]]
+    parts.append(stub.model_documentation(name))
     steps = [mutant.bug for mutant in model.wrong_steps(name)]
     if steps:
         lists["known wrong steps"] = steps
         parts.append(stub.steps(name))
-    return "\n\n".join(parts + [f"{title} ({len(names)}): {', '.join(names)}" for title, names in lists.items()])
+    listed = ["\n  ".join([f"{title} ({len(names)}):", *names]) for title, names in lists.items()]
+    return "\n\n".join(parts + listed)
 
 
 def _exists(module: str) -> bool:

@@ -7,7 +7,7 @@ they are the radii of the reference at the case's declared precision.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -62,9 +62,7 @@ def call(implementation: Function, case: Case) -> tuple[np.ndarray, ...]:
     """Call an implementation on a case: copies of its results as float64; its arguments must come back unmodified."""
     arguments = storage_arguments(case)
     kept = {k: v.tobytes() for k, v in arguments.items() if isinstance(v, np.ndarray)}
-    # Freed memory full of NaN: a result that was never written shows.
-    poison = [np.full(max(arguments[k].size, 1), np.nan, np.float64) for k in kept]
-    del poison
+    poison(*(arguments[k].size for k in kept))
     with contained():
         returned = tuple(_real(r) for r in as_tuple(implementation(**arguments)))
     outputs = tuple(np.array(r, dtype=np.float64) for r in returned)
@@ -73,11 +71,21 @@ def call(implementation: Function, case: Case) -> tuple[np.ndarray, ...]:
             raise LawFailed(
                 f"{case.op} case {case.name} ({case.profile}): the argument {name} was modified by the call"
             )
-    for result in returned:
-        # A cached buffer handed out twice would come back poisoned.
+    overwrite(returned)
+    return outputs
+
+
+def poison(*sizes: int) -> None:
+    """Free memory of so many numbers that is full of NaN: a result that is never written shows."""
+    filled = [np.full(max(size, 1), np.nan, np.float64) for size in sizes]
+    del filled
+
+
+def overwrite(results: Iterable[np.ndarray]) -> None:
+    """Fill results with NaN: a cached buffer handed out twice comes back poisoned."""
+    for result in results:
         if result.flags.writeable and result.dtype.kind not in "biu":
             result[...] = np.nan
-    return outputs
 
 
 def _real(result: Any) -> np.ndarray:
@@ -88,6 +96,56 @@ def _real(result: Any) -> np.ndarray:
     if array.size > LARGEST_RESULT:
         raise ValueError(f"a result of shape {array.shape} is larger than any that is expected")
     return array
+
+
+def results(returned: Any, due: Sequence[str]) -> tuple[np.ndarray, ...]:
+    """Copies, as float64, of what a whole model or its step has returned, where it is a tuple of arrays.
+
+    due: the names of what is expected. Raises TypeError with what came instead.
+    """
+    listed = f"{len(due)} arrays ({', '.join(due)})"
+    if not isinstance(returned, (tuple, list)):
+        raise TypeError(f"expected a tuple of {listed}, received {_described(returned)}")
+    for i, result in enumerate(returned):
+        if not hasattr(result, "__array__") and not isinstance(result, (list, tuple)):
+            name = due[i] if i < len(due) else f"result {i}"
+            raise TypeError(f"expected {name} as an array among {listed}, received {_described(result)}")
+    return tuple(np.array(_real(result), np.float64) for result in returned)
+
+
+def shaped(returned: Any, due: Mapping[str, tuple[int, ...]]) -> Any:
+    """What a whole model or its step has returned, where it is as many arrays as are due, of their shapes.
+
+    Raises: ValueError with what came instead; TypeError as `results`.
+    """
+    found = results(returned, tuple(due))
+    if len(found) != len(due):
+        raise ValueError(f"{len(found)} results, expected {len(due)} ({', '.join(due)})")
+    for (name, shape), array in zip(due.items(), found, strict=True):
+        if array.shape != shape:
+            raise ValueError(f"{name} has shape {array.shape}, expected {shape}")
+    return returned
+
+
+def stepped(returned: Any) -> tuple[Any, Any]:
+    """The results and the state that a step has returned, of which it may be told what the results are by `results`.
+
+    Raises: TypeError for anything but a pair.
+    """
+    due = "(results, state), where results are the tuple (logits, x_0, ...)"
+    if not isinstance(returned, (tuple, list)):
+        raise TypeError(f"expected a step to return {due}, received {_described(returned)}")
+    if len(returned) != 2:
+        raise TypeError(f"expected a step to return {due}, received {len(returned)} values")
+    return returned[0], returned[1]
+
+
+def _described(held: Any) -> str:
+    """What came in the place of arrays."""
+    if isinstance(held, dict):
+        return f"a dict with the keys {', '.join(map(repr, held))}"
+    shape = getattr(held, "shape", None)
+    return "None" if held is None else type(held).__name__ if shape is None else f"one array of shape {tuple(shape)}"
 
 
 def run(implementation: Function, case: Case, **changes: Any) -> tuple[Output, ...]:

@@ -131,7 +131,7 @@ def judge_law(implementation: str, model: Model, name: str, law: str, declared: 
     verdict = Verdict(implementation, name, law, profile.dtype, declared.name, "pass", "law")
     if law in _streams.READ and not hasattr(model, "step"):
         return replace(verdict, outcome="skipped", message="the model has no step")
-    declined, chosen = [], laws(name)[law]
+    model, declined, chosen = _encoder.refusing(model), [], laws(name)[law]
     for check, case in chosen:
         try:
             check(model, case, MODELS()[name].reference, profile)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import tempfile
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -196,6 +197,63 @@ def failing_laws(run: Run) -> dict[tuple[str, str, str], list[str]]:
         if v.kind == "law" and v.failed:
             made.setdefault((v.implementation, v.op, v.dtype), []).append(v.case)
     return made
+
+
+# How the message on a case of a model ends: what is off first, and the looser bound that it is within.
+_FIRST = re.compile(r"; (x_\d+, .* is the first that is off|every hidden state is right, the head is off)(?= \(|$)")
+
+
+def failures(run: Run) -> list[tuple[str, str]]:
+    """The failures as a terminal shows them, (implementation, text): those of one model in one format are one text."""
+    laws = failing_laws(run)
+    made: dict[Any, list[Verdict]] = {}
+    for i, v in enumerate(run.failures):
+        # Only an operator has a family before its name.
+        made.setdefault(i if "." in v.op else _of_one_model(v), []).append(v)
+    texts = []
+    for together in made.values():
+        one = together[0]
+        alone = message(one, laws.get((one.implementation, one.op, one.dtype), ()), run.adapter)
+        texts.append((one.implementation, _folded(run, together) if together[1:] else alone))
+    return texts
+
+
+def _folded(run: Run, failed: Sequence[Verdict]) -> str:
+    """A model that fails: how many cases and laws, then one line for every state that is off first and every fault."""
+    one = failed[0]
+    every = Counter(_kind(v) for v in run.verdicts if _of_one_model(v) == _of_one_model(one))
+    here = Counter(map(_kind, failed))
+    counts = " and ".join(f"{here[kind]} of {n} {kind}s" for kind, n in every.items())
+    outcomes = ", ".join(dict.fromkeys(v.outcome for v in failed))
+    head = f"{one.op} ({one.dtype} {one.profile}): {counts} fail: {outcomes}. "
+    lines: dict[tuple[str, str], list[Verdict]] = {}
+    for v in failed:
+        lines.setdefault((_kind(v), _fault(v)), []).append(v)
+    shown = [head + f"Reproduce: {repro_command(run.adapter, one)}"]
+    for (kind, fault), together in lines.items():
+        told = together[0]
+        names = "all" if len(together) == every[kind] else ", ".join(v.case for v in together)
+        of = f"{len(together)} {kind}s ({names})" if together[1:] else f"{kind} {told.case}"
+        example = f". {told.case}: {_FIRST.sub('', told.message)}" if _FIRST.search(told.message) else ""
+        equals = f'. Equals the known bug "{told.equals[0]}"' if told.equals else ""
+        shown.append(f"{of}: {fault}{example}{equals}")
+    return "\n      ".join(shown)
+
+
+def _kind(verdict: Verdict) -> str:
+    return "law" if verdict.kind == "law" else "case"
+
+
+def _fault(verdict: Verdict) -> str:
+    """What failing cases have in common: the state that is off first, or else the message."""
+    if first := _FIRST.search(verdict.message):
+        return first[1]
+    errored = verdict.outcome == "errored"
+    return f"errored. {verdict.message.partition('. Case: ')[0]}" if errored else verdict.message
+
+
+def _of_one_model(verdict: Verdict) -> tuple[str, ...]:
+    return verdict.implementation, verdict.variant, verdict.op, verdict.dtype, verdict.profile
 
 
 def elements(verdict: Verdict, vector: Vector, most: int = 8) -> Table:

@@ -4,7 +4,9 @@ A function receives the operator's arguments by name (`refimpl ops NAME` prints 
 format, bfloat16 as ml_dtypes.bfloat16, and returns an array, or a tuple in the order of the operator's outputs.
 PROFILE = {"float32": "strict", "bfloat16": "eager"} names the formats to judge and the arithmetic declared for each;
 without it: float64 and float32. "float32": "strict A64" declares exact angles at any position.
-IMPLEMENTS = {"roformer": function} names a whole model; `refimpl ops roformer` tells how it is called.
+IMPLEMENTS = {"roformer": function} names a whole model; `refimpl ops roformer` tells how it is called. Its attribute
+`step`, where it has one, is the function that reads a causal text piece by piece.
+What a function does not provide it declines by raising conformance.case.Unsupported("why").
 The file is run as Python code with your rights: judge only files that you would run.
 """
 
@@ -22,6 +24,8 @@ from conformance.law import contained
 from conformance.model import MODELS
 
 DEFAULT_PROFILE = {"float64": "strict", "float32": "strict"}
+# What refusals of a PROFILE end with.
+FORM = '; a format holds a profile and, where it is told, an angle class: "strict" or "strict A32"'
 
 
 def load_file(target: str) -> ModuleType:
@@ -60,10 +64,15 @@ def implementations(target: str) -> tuple[Implementation, ...]:
             )
         if not callable(function):
             raise AdapterError(f"adapter python:{target}: IMPLEMENTS[{name!r}] is not callable: {function!r}")
+        if name in MODELS() and hasattr(function, "step") and not callable(function.step):
+            raise AdapterError(
+                f"adapter python:{target}: the step of IMPLEMENTS[{name!r}] is not callable: {function.step!r}; "
+                "a model that has none has no such attribute"
+            )
     declared = getattr(module, "PROFILE", DEFAULT_PROFILE)
     if not isinstance(declared, dict) or not declared:
         raise AdapterError(
-            f'adapter python:{target}: expected PROFILE = {{"float32": "strict", ...}}, received {declared!r}'
+            f'adapter python:{target}: expected PROFILE = {{"float32": "strict", ...}}, received {declared!r}{FORM}'
         )
     version = str(getattr(module, "__version__", ""))
     functions, models = ({n: f for n, f in claimed.items() if (n in MODELS()) == whole} for whole in (False, True))
@@ -79,4 +88,4 @@ def _profile(target: str, dtype: str, text: str) -> Profile:
         angle = words[1] if len(words) > 1 else "A64" if dtype == "float64" else "A32"
         return Profile(dtype, words[0] if words else "strict", angle)
     except ValueError as error:
-        raise AdapterError(f"adapter python:{target}: PROFILE: {error}") from None
+        raise AdapterError(f"adapter python:{target}: PROFILE: {error}{FORM}") from None

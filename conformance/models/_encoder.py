@@ -10,7 +10,7 @@ Laws are plain functions over a model, a case and the bounds of that model's ref
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, Self
 
@@ -19,7 +19,7 @@ import numpy as np
 from conformance.budget import Arithmetic, Ball, Profile, affine
 from conformance.case import storage_type
 from conformance.generate import Draw
-from conformance.law import LawFailed, contained
+from conformance.law import LawFailed, contained, overwrite, poison, results, shaped, stepped
 from conformance.ops import activation, attention, norm
 from refimpl.models import _encoder as spec
 from refimpl.ops import attention_kernel, rope
@@ -27,6 +27,8 @@ from refimpl.ops import attention_kernel, rope
 Model = Callable[..., Any]
 # Fields of a case that are arrays, or None.
 INPUTS = ("token_ids", "segment_ids", "mask", "positions")
+# Below 0, and about 512 and 4096, where tables end; float16 tells positions apart to 2048.
+FAR = (37, 4090, -150, 506)
 
 
 @dataclass(frozen=True)
@@ -142,14 +144,45 @@ def run(model: Model, case: Case, profile: Profile) -> tuple[np.ndarray, ...]:
     target = storage_type(profile.dtype)
     weights = {name: array.astype(target) for name, array in case.weights.items()}
     given = {n: a.copy() for n in INPUTS if (a := getattr(case, n)) is not None}
+    poison(*(case.token_ids.size * width for width in (case.config.vocab_size, case.config.hidden_size)))
     with contained():
         returned = case.with_(**given).call(model, dict(weights))
-        found = tuple(np.array(array, np.float64) for array in returned)
+        found = results(returned, tuple(_due(case.token_ids, case.config)))
     kept = [name for name, array in given.items() if not np.array_equal(array, getattr(case, name))]
     kept += [name for name, array in weights.items() if not np.array_equal(array, case.weights[name])]
     if kept:
         raise LawFailed(f"{case.name} ({profile}): {kept[0]} was modified by the call")
     return found
+
+
+def _due(token_ids: np.ndarray, config: Any) -> dict[str, tuple[int, ...]]:
+    """The shapes of what a model returns, by name."""
+    names = ("logits", *(f"x_{i}" for i in range(config.layers + 1)))
+    widths = {name: config.vocab_size if name == "logits" else config.hidden_size for name in names}
+    return {name: (*token_ids.shape, width) for name, width in widths.items()}
+
+
+def refusing(model: Any) -> Model:
+    """A model whose results, and those of its step, are refused unless they are of the number and shapes that are due.
+
+    Cases tell by their first state what is off; laws would compare whatever came.
+    """
+
+    def whole(weights: Any, token_ids: np.ndarray, *inputs: Any, config: Any, **options: Any) -> Any:
+        return shaped(model(weights, token_ids, *inputs, config=config, **options), _due(token_ids, config))
+
+    def step(weights: Any, state: Any, token_ids: np.ndarray, *inputs: Any, config: Any, **options: Any) -> Any:
+        made, after = stepped(model.step(weights, state, token_ids, *inputs, config=config, **options))
+        return shaped(made, _due(token_ids, config)), after
+
+    return Streaming(whole, step) if hasattr(model, "step") else whole
+
+
+def unchanged(returned: Sequence[Any], found: tuple[np.ndarray, ...], case: Case, profile: Profile) -> None:
+    """Raise LawFailed if results that a model has returned are no longer what they were: its next call wrote them."""
+    for name, result, before in zip(_names(found), returned, found, strict=True):
+        if not np.array_equal(np.asarray(result, np.float64), before, equal_nan=True):
+            raise LawFailed(f"{case.name} ({profile}): {name} of one call was overwritten by a later one")
 
 
 def expected(reference: Reference, case: Case, profile: Profile) -> tuple[Ball, ...]:
@@ -250,6 +283,7 @@ def unseen_tokens(model: Model, case: Case, reference: Reference, profile: Profi
             # NaN is not equal to itself, and is no answer.
             differ = ~(one == other).all(axis=-1) & blind
             if differ.any():
+                _numbers("unseen_tokens", name, one, other, case, profile)
                 index = [int(i) for i in np.argwhere(differ)[0]]
                 raise LawFailed(
                     f"{case.name} law unseen_tokens ({profile}): {name}{index} depends on the ids of tokens "
@@ -258,11 +292,77 @@ def unseen_tokens(model: Model, case: Case, reference: Reference, profile: Profi
 
 
 def positions_shift(model: Model, case: Case, reference: Reference, profile: Profile) -> None:
-    """All positions 37 further on change nothing: only differences enter."""
-    moved = case.with_(positions=case.places + 37)
+    """Positions further on or back, by a number for each row, change nothing: only differences enter."""
+    moved = case.with_(positions=case.places + np.resize(FAR, (len(case.token_ids), 1)))
     due = finished(reference, moved, profile)
     radii = {name: ball.rad + due[name].rad for name, ball in finished(reference, case, profile).items()}
     within("positions_shift", run(model, moved, profile), run(model, case, profile), case, radii, profile)
+
+
+def bare(model: Model, case: Case, reference: Reference, profile: Profile) -> None:
+    """Without mask, without segments, and of twenty-four ids alone, results are right: no mode hangs on an input."""
+    _right("bare, without mask", model, case.with_(mask=None), reference, profile)
+    _right("bare, without segments", model, case.with_(segment_ids=None), reference, profile)
+    _right("bare, 24 ids alone", model, ids_alone(case), reference, profile)
+
+
+def ids_alone(case: Case) -> Case:
+    """Five texts of twenty-four ids, eight whole chunks of three, and nothing else: more than a window of sixteen."""
+    ids = Draw(f"{case.name}/alone").integers((5, 24), 0, case.config.vocab_size - 1)
+    return case.with_(token_ids=ids, segment_ids=None, mask=None, positions=None)
+
+
+def placed(model: Model, case: Case, reference: Reference, profile: Profile) -> None:
+    """At positions that are told of every row, results are right, in every mode."""
+    places = Draw(f"{case.name}/placed").integers(case.token_ids.shape, 0, 50)
+    _right("placed", model, case.with_(positions=places), reference, profile)
+
+
+def large_scores(model: Model, case: Case, reference: Reference, profile: Profile) -> None:
+    """Queries and keys 256 times as large, some of them hidden, give what the formula gives: no score is clipped."""
+    names = ("w_q", "b_q", "w_k", "b_k", "gamma", "gamma_q", "gamma_k")
+    large = {name: 256 * array if name.endswith(names) else array for name, array in case.weights.items()}
+    _right("large_scores", model, case.with_(weights=large, mask=MASK), reference, profile)
+
+
+def fine_weights(model: Model, case: Case, reference: Reference, profile: Profile) -> None:
+    """Weights of twenty bits give what they give: none is rounded to sixteen. Sixteen bits do not hold them."""
+    if profile.sixteen_bit:
+        return
+    draw = Draw(f"{case.name}/fine")
+    fine = {name: array + draw.grid(*array.shape, exponent=-20) for name, array in case.weights.items()}
+    _right("fine_weights", model, case.with_(weights=fine), reference, profile)
+
+
+def eleven_layers(model: Model, case: Case, reference: Reference, profile: Profile) -> None:
+    """Of eleven layers that are the first but for what they add, layer 2 comes before layer 10, whatever text says."""
+    if profile.dtype != "float64":
+        # Bounds widen from layer to layer.
+        return
+    added, shares = ("w_o", "b_o", "w_out", "b_out"), {2: 1.0, 10: -1.0}
+    held = {name: array for name, array in case.weights.items() if not name.startswith("layers.")}
+    for name, array in case.weights.items():
+        if name.startswith("layers.0."):
+            for i in range(11):
+                share = shares.get(i, 0.0) if name.endswith(added) else 1.0
+                held[name.replace("layers.0.", f"layers.{i}.")] = share * array
+    deep = case.with_(config=replace(case.config, layers=11), weights=held)
+    _right("eleven_layers", model, deep, reference, profile)
+
+
+def results_stay(model: Model, case: Case, reference: Reference, profile: Profile) -> None:
+    """What a call has returned is the caller's: no later call writes it, and none gives it out again."""
+    kept: list[tuple[Any, ...]] = []
+
+    def keeping(*inputs: Any, **options: Any) -> tuple[Any, ...]:
+        kept.append(tuple(model(*inputs, **options)))
+        return kept[-1]
+
+    found = run(keeping, case, profile)
+    run(model, case.rows(slice(None, None, -1)), profile)
+    unchanged(kept[0], found, case, profile)
+    overwrite(np.asarray(result) for result in kept[0])
+    _equal("results_stay", run(model, case, profile), found, case, reference, profile)
 
 
 def segments_enter(model: Model, case: Case, reference: Reference, profile: Profile) -> None:
@@ -270,10 +370,13 @@ def segments_enter(model: Model, case: Case, reference: Reference, profile: Prof
     moved = case.with_(segment_ids=(case.segments + 1) % case.config.segments)
     still = np.ones(len(case.token_ids), bool)
     due = zip(expected(reference, moved, profile), expected(reference, case, profile), strict=True)
-    for one, other, balls in zip(run(model, moved, profile), run(model, case, profile), due, strict=True):
+    found = run(model, moved, profile), run(model, case, profile)
+    for one, other, balls in zip(*found, due, strict=True):
         change = np.abs(one - other) > balls[0].rad + balls[1].rad
         still &= ~change.any(axis=(1, 2))
     if still.any():
+        for name, one, other in zip(_names(found[0]), *found, strict=True):
+            _numbers("segments_enter", name, one, other, case, profile)
         raise LawFailed(f"{case.name}: nothing of rows {np.flatnonzero(still).tolist()} depends on segment_ids")
 
 
@@ -292,21 +395,36 @@ def prefix(model: Model, case: Case, reference: Reference, profile: Profile) -> 
 
 
 # Those of a step stand in _streams.py.
-LAWS = (padding, unseen_tokens, positions_shift, one_by_one, batch_permutes, segments_enter, prefix)
+LAWS = (
+    padding, unseen_tokens, positions_shift, bare, placed, one_by_one, batch_permutes, segments_enter, prefix,
+    large_scores, fine_weights, eleven_layers, results_stay,
+)  # fmt: skip
 # The cases that a run of the judge holds a law against; the tests hold it against all.
+# fmt: off
 TELLING: dict[str, tuple[str, ...]] = {
     "padding": ("padded", "rows without tokens"),
     "right_padding": ("padded", "rows without tokens"),
     "unseen_tokens": ("padded", "causal", "unilm"),
     "positions_shift": ("one layer", "padded"),
+    "bare": ("no segment ids", "causal", "article", "paper", "lucidrains"),
+    "placed": ("causal", "unilm", "unilm, segments in turn"),
     "one_by_one": ("padded", "positions of every row"),
     "batch_permutes": ("padded",),
     "segments_enter": ("padded",),
     "prefix": ("causal",),
-    "streamed": ("causal",),
+    "large_scores": ("one layer",),
+    "fine_weights": ("one layer",),
+    "eleven_layers": ("one layer",),
+    "results_stay": ("padded",),
+    # Every convention that a step may take for another.
+    "streamed": (
+        "causal", "large epsilon", "activation silu", "positions of every row",
+        "article, causal", "paper, causal", "lucidrains, causal", "one chunk", "constant, causal",
+    ),
     "branched": ("causal",),
     "floors_meet": ("one layer",),
 }
+# fmt: on
 
 
 def _padded(case: Case, before: int, behind: int) -> Case:
@@ -340,6 +458,13 @@ def _equal(
     within(law, found, due, case, radii, profile)
 
 
+def _right(law: str, model: Model, case: Case, reference: Reference, profile: Profile) -> None:
+    """Raise LawFailed unless a model gives what the reference does."""
+    found, due = run(model, case, profile), finished(reference, case, profile)
+    radii = {name: ball.rad for name, ball in due.items()}
+    within(law, found, tuple(ball.value for ball in due.values()), case, radii, profile)
+
+
 def within(
     law: str, found: tuple[np.ndarray, ...], due: tuple[np.ndarray, ...], case: Case, radii: Any, profile: Any
 ) -> None:
@@ -348,9 +473,21 @@ def within(
         beyond = error > radius
         if beyond.any():
             index = tuple(int(i) for i in np.argwhere(beyond)[0])
+            _numbers(law, name, one, other, case, profile)
             raise LawFailed(
                 f"{case.name} law {law} ({profile}): {name}{list(index)}={one[index]:.6g}, should be "
                 f"{other[index]:.6g} within {radius[index]:.2g}; {int(beyond.sum())} of {beyond.size} differ"
+            )
+
+
+def _numbers(law: str, name: str, one: np.ndarray, other: np.ndarray, case: Case, profile: Any) -> None:
+    """Raise LawFailed with clear words where a law is broken by NaN."""
+    for array in (one, other):
+        if (strange := np.isnan(array)).any():
+            index = [int(i) for i in np.argwhere(strange)[0]]
+            raise LawFailed(
+                f"{case.name} law {law} ({profile}): {name}{index} is nan, expected a number; {int(strange.sum())} of "
+                f"{strange.size} are nan"
             )
 
 
@@ -416,7 +553,7 @@ ENCODER_BATCHES: dict[str, tuple[np.ndarray | None, bool, dict[str, Any], dict[s
     "padded": (MASK, True, {"layers": 3}, {}),
     "rows without tokens": (MASK_NONE, True, {}, {}),
     "no segment ids": (MASK, False, {}, {}),
-    "one head": (MASK, True, {"heads": 1}, {}),
+    "one head": (MASK, True, {"heads": 1, "hidden_size": 36, "embedding_size": 36, "layers": 1}, {}),
     "narrow embedding": (MASK, True, {"embedding_size": 5}, {}),
     "three heads, wide embedding": (
         MASK, True, {"embedding_size": 13, "hidden_size": 12, "heads": 3, "layers": 1, "intermediate_size": 7}, {},
@@ -426,11 +563,11 @@ ENCODER_BATCHES: dict[str, tuple[np.ndarray | None, bool, dict[str, Any], dict[s
     "unilm, segments in turn": (None, True, {"segments": 2}, {"visible": "unilm"}),
     "positions": (MASK, True, {}, {"positions": 3 * np.arange(11)[::-1] + 100}),
     "positions of every row": (MASK, True, {}, {"positions": Draw("positions").integers((4, 11), 0, 50)}),
-    "large epsilon": (MASK, True, {"epsilon": 0.25, "rotary_base": 10.0}, {}),
+    "large epsilon": (MASK, True, {"epsilon": 0.25, "rotary_base": 10.0}, {"visible": "causal"}),
     "activation gelu_erf": (MASK, True, {"activation": "gelu_erf"}, {}),
     "activation gelu_tanh": (MASK, True, {"activation": "gelu_tanh"}, {}),
     "activation relu": (MASK, True, {"activation": "relu"}, {}),
-    "activation silu": (MASK, True, {"activation": "silu"}, {}),
+    "activation silu": (MASK, True, {"activation": "silu"}, {"visible": "causal"}),
 }
 # fmt: on
 

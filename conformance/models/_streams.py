@@ -15,7 +15,18 @@ from typing import Any
 import numpy as np
 
 from conformance.budget import Ball, Profile
-from conformance.models._encoder import INPUTS, Case, Model, Reference, Streaming, finished, run, within
+from conformance.models._encoder import (
+    INPUTS,
+    Case,
+    Model,
+    Reference,
+    Streaming,
+    finished,
+    ids_alone,
+    run,
+    unchanged,
+    within,
+)
 from refimpl.models import _encoder as spec
 
 # The state of some texts before their first token.
@@ -32,16 +43,19 @@ class Stream:
 
     told: a case that holds all tokens. rows: those of each continuation. pieces: how many tokens at a time, of each.
     The first piece is common to all: it is read once, and every continuation goes on from the state behind it.
+    once: the inputs that the first piece alone is told; of all others the case holds what holds without them.
     """
 
     told: Case
     rows: tuple[slice, ...]
     pieces: tuple[tuple[int, ...], ...]
+    once: tuple[str, ...] = ()
 
     def found(self, model: Any, profile: Profile) -> tuple[np.ndarray, ...]:
         """What the step of a model gives, or a model without one in the whole: one continuation below the other."""
         if hasattr(model, "step"):
-            return in_turn(model, [self.told.rows(rows) for rows in self.rows], self.pieces, profile)
+            texts = [self.told.rows(rows) for rows in self.rows]
+            return in_turn(model, texts, self.pieces, profile, once=self.once)
         return tuple(array[self._rows] for array in run(model, self.told, profile))
 
     def due(self, model: Any, profile: Profile) -> tuple[np.ndarray, ...]:
@@ -61,6 +75,8 @@ class Stream:
         due, found = self.due(model, profile), self.found(model, profile)
         radii = {name: 2 * ball.rad for name, ball in self.expected(reference, profile).items()}
         law = f"streamed in pieces of {', '.join(map(str, self.pieces[0]))}"
+        if self.once:
+            law += f", {', '.join(self.once)} told with the first alone"
         if len(self.rows) > 1:
             law = f"branched, {len(self.rows)} texts that go on from one state, which no step may change"
         within(law, found, due, self.told, radii, profile)
@@ -77,40 +93,57 @@ def in_pieces(model: Any, case: Case, pieces: Sequence[int], profile: Profile) -
 
 
 def in_turn(
-    model: Any, texts: Sequence[Case], pieces: Sequence[Sequence[int]], profile: Profile
+    model: Any, texts: Sequence[Case], pieces: Sequence[Sequence[int]], profile: Profile, *, once: Sequence[str] = ()
 ) -> tuple[np.ndarray, ...]:
-    """The same for texts with one first piece, which are read in turn from there on; one below the other."""
+    """The same for texts with one first piece, which are read in turn from there on; one below the other.
+
+    What steps have returned is to be what it was when the last of them has. Behind the first, none is told what is told
+    once.
+    """
     first = pieces[0][0]
-    begun, state = _stepped(model, None, texts[0].tokens(0, first), profile)
+    returned: list[tuple[Any, tuple[np.ndarray, ...], Case]] = []
+    begun, state = _stepped(model, None, texts[0].tokens(0, first), profile, returned)
     states, starts, made = [state] * len(texts), [first] * len(texts), [[begun] for _ in texts]
+    rest = [text.with_(**dict.fromkeys(once)) for text in texts]
     for turn in range(1, max(map(len, pieces))):
-        for i, text in enumerate(texts):
+        for i, text in enumerate(rest):
             if turn < len(pieces[i]):
                 stop = starts[i] + pieces[i][turn]
-                found, states[i] = _stepped(model, states[i], text.tokens(starts[i], stop), profile)
+                found, states[i] = _stepped(model, states[i], text.tokens(starts[i], stop), profile, returned)
                 made[i].append(found)
                 starts[i] = stop
+    for results, found, piece in returned:
+        unchanged(results, found, piece, profile)
     whole = [[np.concatenate(parts, axis=1) for parts in zip(*found, strict=True)] for found in made]
     return tuple(np.concatenate(parts) for parts in zip(*whole, strict=True))
 
 
-def _stepped(model: Any, state: Any, piece: Case, profile: Profile) -> tuple[tuple[np.ndarray, ...], Any]:
-    """One step, checked and copied as any call of a model, and the state that it returns."""
-    kept = []
+def _stepped(
+    model: Any, state: Any, piece: Case, profile: Profile, returned: list[tuple[Any, tuple[np.ndarray, ...], Case]]
+) -> tuple[tuple[np.ndarray, ...], Any]:
+    """One step, checked and copied as any call of a model, and the state that it returns.
+
+    returned: the results, their copies and the piece are added to it. A state may share memory with results, so that
+    nothing is written into them.
+    """
+    kept: list[Any] = []
 
     def step(weights: Any, *inputs: Any, **options: Any) -> Any:
-        returned, after = model.step(weights, state, *inputs, **options)
-        kept.append(after)
-        return returned
+        results, after = model.step(weights, state, *inputs, **options)
+        kept.extend((tuple(results), after))
+        return kept[0]
 
-    return run(step, piece, profile), kept[0]
+    found = run(step, piece, profile)
+    returned.append((kept[0], found, piece))
+    return found, kept[1]
 
 
 # Laws.
 def streamed(model: Any, case: Case, reference: Reference, profile: Profile) -> None:
     """A causal text through the step of a model, token by token or some at once, gives what it gives in the whole.
 
-    At 0, 1, 2, ... and at positions that are told; in the batch, and one text alone.
+    At 0, 1, 2, ... and at positions that are told; in the batch, and one text alone; with every input, with ids alone,
+    and with what the first piece alone is told.
     """
     for stream in READ["streamed"](case):
         stream.hold(model, reference, profile)
@@ -127,12 +160,33 @@ def branched(model: Any, case: Case, reference: Reference, profile: Profile) -> 
 
 def _in_pieces(case: Case) -> tuple[Stream, ...]:
     n, every, backwards, one = case.token_ids.shape[1], slice(None), slice(None, None, -1), slice(3, 4)
-    placed = case.with_(positions=3 * np.arange(n)[::-1] + 100)
-    # The second is cut where no chunk ends; its first text has padding, that of the first has none.
+    ragged = (2, 5, 0, n - 7)
+    if case.name != "causal":
+        # What a step may take from its Config shows in one stream.
+        return (Stream(case, (every,), (ragged,)),)
+    placed, unmasked = case.with_(positions=3 * np.arange(n)[::-1] + 4090), case.with_(mask=None)
+    # As texts are generated: behind a prompt token by token, and further than any window of sixteen.
+    generated = ids_alone(case)
+    rest = generated.token_ids.shape[1] - 19
+    # As padding before a text is stepped over.
+    counted = case.with_(positions=np.maximum(case.real.cumsum(axis=-1) - 1, 0))
+    # Four tokens that are told of, and behind them some that are real, in segment 0, at 4, 5, ... because nothing is.
+    first = np.arange(n) < 4
+    begun = case.with_(
+        segment_ids=np.where(first, case.segments, 0), mask=case.real | ~first,
+        positions=np.where(first, 3 * np.arange(n) + 100, np.arange(n)),
+    )  # fmt: skip
+    # Every text takes more than one step: in a single one no state is read, and no wrong step shows.
+    # The second is cut where no chunk ends. Backwards, the first text has padding.
     return (
         Stream(case, (every,), ((1,) * n,)),
-        Stream(placed, (backwards,), ((2, 5, 0, n - 7),)),
+        Stream(placed, (backwards,), (ragged,)),
         Stream(case, (one,), ((4, n - 4),)),
+        Stream(generated, (every,), ((0, 17, 1, 1, rest),)),
+        Stream(unmasked, (every,), ((n - 1, 1),)),
+        Stream(unmasked, (every,), ((3, 0, n - 3),)),
+        Stream(counted, (backwards,), ((4, n - 4),)),
+        Stream(begun, (every,), ((4, 3, n - 7),), ("segment_ids", "mask", "positions")),
     )
 
 

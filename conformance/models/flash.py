@@ -89,14 +89,17 @@ def cases() -> list[Case]:
         "positions of every row": Draw("positions").integers((4, 11), 0, 50),
     }
     for name, mask, segments, changes in (
-        ("one layer", None, True, {"layers": 1}),
+        ("one layer", None, True, {"layers": 1, "key_size": 36}),
         ("padded", _encoder.MASK, True, {}),
         ("rows without tokens", _encoder.MASK_NONE, True, {"kernel": "laplace", "rotation": "half_split"}),
         ("causal", _encoder.MASK, True, {"mix": "causal", "epsilon": 0.25, "rotary_base": 10.0}),
         ("article", _encoder.MASK, False, {"normaliser": "su"}),
         ("article, causal", _encoder.MASK, True, {"normaliser": "su", "mix": "causal"}),
         ("paper", None, True, {"normaliser": "paper", "divisor": "chunk", "rotation": "half_split"}),
-        ("paper, causal", _encoder.MASK, True, {"normaliser": "paper", "divisor": "chunk", "mix": "causal"}),
+        (
+            "paper, causal", _encoder.MASK, True,
+            {"normaliser": "paper", "divisor": "chunk", "mix": "causal", "rotation": "half_split"},
+        ),
         ("lucidrains", _encoder.MASK, True, {"normaliser": "lucidrains", "divisor": "chunk", "rows": "lucidrains"}),
         (
             "lucidrains, causal", _encoder.MASK, True,

@@ -93,7 +93,7 @@ def cases() -> list[Case]:
     paper = {"divisor": "array", "rotation": "half_split"}
     constant = {"divisor": "constant", "length": 3}
     for name, mask, segments, changes, inputs in (
-        ("one layer", None, True, {"layers": 1}, {}),
+        ("one layer", None, True, {"layers": 1, "key_size": 36}, {}),
         ("padded", _encoder.MASK, True, {"layers": 3}, {}),
         ("rows without tokens", _encoder.MASK_NONE, True, {"kernel": "laplace", "rotation": "half_split"}, {}),
         ("no segment ids", _encoder.MASK, False, {}, {}),
@@ -101,7 +101,10 @@ def cases() -> list[Case]:
         ("array, padded", _encoder.MASK, True, paper, {}),
         ("array, causal", _encoder.MASK, True, {**paper, "kernel": "laplace"}, {"visible": "causal"}),
         ("constant", _encoder.MASK, True, constant, {}),
-        ("constant, causal", _encoder.MASK, True, {**constant, "kernel": "laplace"}, {"visible": "causal"}),
+        (
+            "constant, causal", _encoder.MASK, True, {**constant, "kernel": "laplace", "rotation": "half_split"},
+            {"visible": "causal"},
+        ),
         ("causal", _encoder.MASK, True, {}, {"visible": "causal"}),
         ("unilm", _encoder.MASK, True, {"segments": 2}, {"visible": "unilm", "segment_ids": _encoder.CONTIGUOUS}),
         ("unilm, segments in turn", None, True, {"segments": 2}, {"visible": "unilm"}),
@@ -110,7 +113,7 @@ def cases() -> list[Case]:
             "positions of every row", _encoder.MASK, True, {},
             {"positions": Draw("positions").integers((4, 11), 0, 50)},
         ),
-        ("large epsilon", _encoder.MASK, True, {"epsilon": 0.25, "rotary_base": 10.0}, {}),
+        ("large epsilon", _encoder.MASK, True, {"epsilon": 0.25, "rotary_base": 10.0}, {"visible": "causal"}),
     ):  # fmt: skip
         sizes: dict[str, Any] = {"vocab_size": 29, "hidden_size": 5, "layers": 2, "expanded_size": 7, "key_size": 4}
         conventions: dict[str, Any] = {"kernel": "squared_relu", "divisor": "visible", "length": 0}

@@ -78,7 +78,7 @@ def cases() -> list[Case]:
     """What each case is for stands in its name; the constants differ, so that none can be built in."""
     made = []
     for name, mask, segments, changes, inputs in (
-        ("one layer", None, True, {"layers": 1}, {}),
+        ("one layer", None, True, {"layers": 1, "key_size": 36}, {}),
         ("padded", _encoder.MASK, True, {}, {}),
         ("rows without tokens", _encoder.MASK_NONE, True, {"layers": 2}, {}),
         ("no segment ids", _encoder.MASK, False, {"layers": 2}, {}),
@@ -91,7 +91,10 @@ def cases() -> list[Case]:
             "positions of every row", _encoder.MASK, True, {"layers": 2},
             {"positions": Draw("positions").integers((4, 11), 0, 50)},
         ),
-        ("large epsilon", _encoder.MASK, True, {"layers": 2, "epsilon": 0.25, "rotary_base": 10.0}, {}),
+        (
+            "large epsilon", _encoder.MASK, True, {"layers": 2, "epsilon": 0.25, "rotary_base": 10.0},
+            {"visible": "causal"},
+        ),
     ):  # fmt: skip
         sizes: dict[str, Any] = {"vocab_size": 29, "hidden_size": 5, "layers": 3, "expanded_size": 7, "key_size": 4}
         constants = {"segments": 3, "n_min": 16, "epsilon": 2.0**-40, "rotary_base": 10000.0}

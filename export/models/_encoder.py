@@ -46,7 +46,7 @@ def bidirectional(mask: Value, segment_ids: Value) -> Value:
 
 
 def causal(mask: Value, segment_ids: Value) -> Value:
-    """Every token sees itself and the real tokens before it: a language model."""
+    """Every token sees the real tokens up to itself: a language model. A padded one does not see itself."""
     n = mask.size(-1)
     return attention.key_mask(mask) & attention.causal_mask(n, n)
 

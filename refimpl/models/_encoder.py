@@ -122,7 +122,8 @@ def checked_inputs(
 ) -> Inputs:
     """Ids within their tables, a boolean mask, and positions.
 
-    Without them every token is of segment 0, real, and at its place in the array, counted from `first`.
+    Without segment_ids, mask and positions every token is of segment 0, real, and at its place in the array, counted
+    from `first`.
     Raises: ShapeError unless all are of one shape (..., n), which for positions may be (n,); DomainError for ids that
         are no integers or out of range, a mask that is not boolean, and positions that are no integers.
     """
@@ -249,13 +250,14 @@ def bidirectional(
 ) -> Bool[np.ndarray, "*b _ n"]:
     """Every token sees all real tokens.
 
-    C1. This, `causal` and `unilm` must hide padded keys (mask False); a token that sees none attends to nothing.
+    C1. This, `causal` and `unilm` must hide padded keys (mask False), from the padded token itself too; a token that
+        sees none attends to nothing.
     """
     return attention.key_mask(mask)
 
 
 def causal(mask: Shaped[np.ndarray, "..."], segment_ids: Shaped[np.ndarray, "..."]) -> Bool[np.ndarray, "*b n n"]:
-    """Every token sees itself and the real tokens before it: a language model."""
+    """Every token sees the real tokens up to itself: a language model. A padded one does not see itself."""
     return attention.key_mask(mask) & attention.causal_mask(mask.shape[-1], mask.shape[-1])
 
 

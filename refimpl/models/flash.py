@@ -116,8 +116,9 @@ def hidden_states(
     C1. The norm of a layer must act on what enters its unit; the residual path must not be normalised.
     C2. One more layer norm must stand behind the last layer. x_L itself is not among the states: what heads read is
         the last of them, as in every model.
-    C3. Padded keys (mask False) must have no part in chunks and sums. Chunks are those of the array, so padding on the
-        left moves their borders; who sees whom is told by `mix`.
+    C3. Padded keys (mask False) must have no part in chunks and sums, of padded queries neither: none sees itself, read
+        either way. Chunks are those of the array, so padding on the left moves their borders; who sees whom is told by
+        `mix`.
     C4. Queries and keys must be rotated at `positions`, 0, 1, 2, ... of the array where none are given.
     C5. Without segment_ids every token must be of segment 0; without a mask every token must be real, id 0 too.
     C6. With the normaliser `visible`, appending padding must change nothing on real tokens; with `su`, `paper` and

@@ -81,7 +81,9 @@ class State(NamedTuple):
 
 
 def su(reach: Reach) -> Lengths:
-    """N_loc = c, N_lin = the tokens of the chunks read, masked ones too: n, or causally (g-1) c for chunk g = 1 ... G.
+    """N_loc = c, N_lin = c times the chunks read, at most n, masked tokens too; causally (g-1) c for chunk g = 1 ... G.
+
+    Read both ways that is n, not n rounded up to whole chunks.
 
     Differs: the article prints 1/((g-1) n/c) for the causal sum; only (g-1) c counts the tokens summed.
     """
@@ -113,6 +115,8 @@ def unnormalised(reach: Reach) -> Lengths:
 
 def visible(reach: Reach) -> Lengths:
     """N_loc = the visible keys of the row's chunk, N_lin = the visible keys of the chunks read; padding never counts.
+
+    Causally N_loc counts the visible keys j <= i, a padded row's own not; with causal_strict those of j < i.
 
     Source: a correction of article 8934, which notes that the paper neglects padding.
     """
@@ -177,7 +181,7 @@ def bidirectional(
         with kernel(0) != 0, must not bring them back. Queries are not masked.
     C3. `normaliser` must be given the counts of `Reach`; a part whose length is 0 must be 0, never NaN.
     C4. `segments` and `documents` come together; a token kept apart must be neither read nor counted by `visible`;
-        su and paper count the whole chunks of c tokens from which a row reads.
+        su and paper count the whole chunks of c tokens from which a row reads, su no more than the n of the array.
     C5. `bias` (c, c) must be added after the scale and before the kernel, by positions inside the chunk.
     Raises: ShapeError for shapes that do not fit; DomainError for chunk < 1, NaN or infinity, a mask that is not
         boolean, segments that are not integers, or only one of segments and documents.

@@ -57,7 +57,7 @@ def test_right_steps_pass_on_every_causal_case(name):
     # The length of the whole array is known to no step.
     causal = [case for case in model.CASES()[name].values() if case.visible == "causal"]
     held = [case for case in causal if getattr(case.config, "divisor", "") != "array"]
-    assert len(held) == {"flash": 6, "flash_quad": 2}.get(name, 1)
+    assert len(held) == {"flash": 6, "flash_quad": 3, "gau_alpha": 2}.get(name, 3)
     for case in held:
         for law in _streams.LAWS:
             law(right(name), case, model.MODELS()[name].reference, FLOAT64)
@@ -77,7 +77,7 @@ def test_both_own_adapters_offer_steps_that_pass(name, names):
 @pytest.mark.parametrize(("name", "bug"), WRONG)
 def test_a_wrong_step_breaks_one_law(name, bug):
     wrong, reference = model.MODELS()[name].WRONG_STREAMS[bug], model.MODELS()[name].reference
-    (broken, case), (kept, _) = (model.laws(name)[law][0] for law in (LAWS[::-1] if bug in BRANCHED else LAWS))
+    case, (kept, broken) = model.CASES()[name]["causal"], _streams.LAWS[:: 1 if bug in BRANCHED else -1]
     said = "branched, 3 texts that go on from one state" if bug in BRANCHED else "streamed in pieces of "
     with pytest.raises(LawFailed, match=f"law {said}"):
         broken(wrong, case, reference, FLOAT32)
@@ -230,6 +230,142 @@ def test_pieces_are_parts_of_the_text():
         (1, (4, 0), (4, 0), (4, 0), [], "causal"),
         (2, (4, 7), (4, 7), (4, 7), [9, 10, 11, 12, 13, 14, 15], "causal"),
     ]
+
+
+def test_what_the_first_piece_alone_is_told_is_what_holds_without():
+    seen = []
+
+    def step(weights, state, ids, *given, **options):
+        seen.append(given)
+        return [ids[..., None]], 0
+
+    *_, begun = _streams.READ["streamed"](model.CASES()["gau_alpha"]["causal"])
+    begun.found(Streaming(step, step), FLOAT64)
+    first, *rest = seen
+    assert all(array is not None for array in first) and rest == [(None, None, None)] * 2
+    assert begun.told.mask[:, 4:].all() and not begun.told.segments[:, 4:].any()
+    assert begun.told.positions.tolist() == [100, 103, 106, 109, 4, 5, 6, 7, 8, 9, 10]
+
+
+# Steps that are right where every piece is told everything.
+def with_inputs(change):
+    """A step that takes other inputs for its own: change(state, ids, segments, mask, positions) -> all of them."""
+
+    def of(right):
+        def step(weights, state, *given, **options):
+            return right(weights, *change(state, *given), **options)
+
+        return step
+
+    return of
+
+
+def of_the_first_row(state, ids, segments, mask, positions):
+    return state, ids, segments, mask, positions if positions is None or positions.ndim == 1 else positions[0]
+
+
+def unhidden(state, ids, segments, mask, positions):
+    """Where there is no mask, what earlier pieces hid is hidden no more."""
+    if mask is None and state is not None:
+        layers = tuple(kept._replace(real=np.ones_like(kept.real)) for kept in state.layers)
+        state = state._replace(layers=layers)
+    return state, ids, segments, mask, positions
+
+
+def counted_once(state, ids, *given):
+    """A piece of no token is one of one token."""
+    return (state if state is None or ids.shape[1] else state._replace(tokens=state.tokens + 1)), ids, *given
+
+
+def behind_the_last(right):
+    """Positions go on behind the last that was told."""
+
+    def step(weights, state, ids, segments, mask, positions, **options):
+        inner, last = (None, -1) if state is None else state
+        if positions is None:
+            positions = last + 1 + np.arange(ids.shape[1])
+        made, inner = right(weights, inner, ids, segments, mask, positions, **options)
+        return made, (inner, positions[..., -1].max() if ids.shape[1] else last)
+
+    return step
+
+
+def sixteen_keys(right):
+    def step(weights, state, *given, **options):
+        made, now = right(weights, state, *given, **options)
+        layers = tuple(type(kept)(*(array[:, -16:] for array in kept)) for kept in now.layers)
+        return made, now._replace(layers=layers)
+
+    return step
+
+
+def begins_with_a_token(right):
+    def step(weights, state, ids, *given, **options):
+        if state is None and not ids.size:
+            raise ValueError("a text begins with a token")
+        return right(weights, state, ids, *given, **options)
+
+    return step
+
+
+def in_buffers(right):
+    held = {}
+
+    def step(*given, **options):
+        made, state = right(*given, **options)
+        key = tuple((array.shape, array.dtype.str) for array in made)
+        for buffer, array in zip(held.setdefault(key, [np.empty_like(a) for a in made]), made, strict=True):
+            buffer[...] = array
+        return held[key], state
+
+    return step
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        (with_inputs(of_the_first_row), "law streamed in pieces of 4, 7 "),
+        (with_inputs(unhidden), "4, 3, 4, segment_ids, mask, positions told with the first alone "),
+        (with_inputs(counted_once), "law streamed in pieces of 3, 0, 8 "),
+        (behind_the_last, "told with the first alone "),
+        (sixteen_keys, "law streamed in pieces of 0, 17, 1, 1, 5 "),
+        (begins_with_a_token, "a text begins with a token"),
+        (in_buffers, "of one call was overwritten by a later one"),
+    ],
+)
+def test_a_step_that_is_right_where_it_is_told_everything_is_found(wrong, said):
+    mine = Streaming(gau_alpha.model, wrong(gau_alpha.step))
+    found = judged(mine)
+    assert found.failed and said in found.message
+    # Behind a piece with a mask, one without sees what is known by this name.
+    assert found.equals == (("padding of earlier pieces visible",) if "segment_ids" in said else ())
+    case = model.CASES()["gau_alpha"]["causal"]
+    told = _streams.Stream(case, (slice(None),), ((4, 3, 4),))
+    if wrong is not in_buffers:
+        told.hold(mine, gau_alpha.reference, FLOAT64)
+
+
+CONSTANTS = {
+    "flash": [{"normaliser": "visible"}, {"kernel": "squared_relu"}, {"divisor": "root_key_size"}, {"chunk": 3}]
+    + [{"rotation": "interleaved"}, {"rotary_base": 10.0}, {"epsilon": 0.25}],
+    "flash_quad": [{"kernel": "squared_relu"}, {"divisor": "visible", "length": 0}, {"rotation": "interleaved"}]
+    + [{"rotary_base": 10000.0}, {"epsilon": 2.0**-20}],
+    "gau_alpha": [{"n_min": 1}, {"rotary_base": 10000.0}, {"epsilon": 2.0**-40}],
+    "roformer": [{"activation": "gelu_erf"}, {"rotary_base": 10000.0}, {"epsilon": 2.0**-40}],
+    "roformer_v2": [{"activation": "relu"}, {"rotary_base": 10000.0}, {"epsilon": 2.0**-40}],
+}
+
+
+@pytest.mark.parametrize(("name", "built_in"), [(name, c) for name, every in CONSTANTS.items() for c in every])
+def test_what_a_step_has_built_in_is_found(name, built_in):
+    module = model.MODELS()[name]
+
+    def step(*given, config, **options):
+        return module.step(*given, config=replace(config, **built_in), **options)
+
+    with pytest.raises(LawFailed):
+        for check, case in model.laws(name)["streamed"]:
+            check(Streaming(module.model, step), case, module.reference, FLOAT64)
 
 
 def test_texts_that_go_on_from_one_state_are_read_in_turn():

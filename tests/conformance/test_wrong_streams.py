@@ -9,7 +9,7 @@ from conformance import model, runner
 from conformance.adapters import load
 from conformance.budget import Profile
 from conformance.models import flash, gau_alpha
-from conformance.models._encoder import Streaming
+from conformance.models._encoder import INPUTS, Streaming
 from conformance.models._streams import Stream
 
 FLOAT64, FLOAT32 = (Profile(dtype, "strict", "A64") for dtype in ("float64", "float32"))
@@ -25,7 +25,8 @@ def _known_once():
     def once(stream, wrong, profile):
         if id(wrong) not in known:
             return found(stream, wrong, profile)
-        key = id(wrong), stream.pieces, stream.told.token_ids.tobytes(), profile
+        inputs = [None if a is None else a.tobytes() for a in (getattr(stream.told, name) for name in INPUTS)]
+        key = id(wrong), stream.told.config, str(stream.rows), stream.pieces, stream.once, *inputs, profile
         if key not in kept:
             kept[key] = found(stream, wrong, profile)
         return kept[key]
@@ -41,6 +42,11 @@ def told(step, name="gau_alpha", profile=FLOAT64):
     found = {law: model.judge_law("mine", mine, name, law, profile) for law in ("streamed", "branched")}
     assert all(v.outcome in ("pass", "logic") for v in found.values()), found
     return {law: v.equals if v.failed else "pass" for law, v in found.items()}
+
+
+def told_or_not(ids, segments, mask):
+    """Segments and mask of a piece: segment 0 and real where nothing is told."""
+    return np.zeros_like(ids) if segments is None else segments, np.ones(ids.shape, bool) if mask is None else mask
 
 
 def in_every_layer(change):
@@ -125,6 +131,7 @@ def steps(change=None, *, shared=None, forgets=False, placed=True, names="qk", c
     def step(weights, state, ids, segments, mask, positions, *, config, visible):
         (b, n), wide = ids.shape, np.result_type(*weights.values(), np.float32)
         w = {name: array.astype(wide) for name, array in weights.items()}
+        segments, mask = told_or_not(ids, segments, mask)
         layers, count = ([[] for _ in range(config.layers)], [0]) if state is None else state
         layers = [memory if i in shared["layers"] else list(memory) for i, memory in enumerate(layers)]
         count = count if shared["tokens"] else list(count)
@@ -242,14 +249,17 @@ def again(change=lambda text, chunk: text, *, in_place=False):
 
     def step(weights, state, ids, segments, mask, positions, *, config, visible):
         b, n = ids.shape
+        segments, mask = told_or_not(ids, segments, mask)
         state = {"text": cut([ids, segments, mask, ids], 0, 0), "tokens": 0} if state is None else state
         state = state if in_place else dict(state)
         places = np.broadcast_to(state["tokens"] + np.arange(n) if positions is None else positions, (b, n))
         pairs = zip(state["text"], (ids, segments, mask, places), strict=True)
         text = [np.concatenate(pair, axis=1) for pair in pairs]
-        made = flash.model(weights, *text, config=config, visible=visible)
+        # Nothing is no text.
+        whole = hidden(text, int(text[0].shape[1] == 0))
+        made = flash.model(weights, *whole, config=config, visible=visible)
         state["text"], state["tokens"] = change(text, config.chunk), state["tokens"] + n
-        return [array[:, text[0].shape[1] - n :] for array in made], state
+        return [array[:, text[0].shape[1] - n : text[0].shape[1]] for array in made], state
 
     return step
 

@@ -88,7 +88,7 @@ def bidirectional(
 
 
 def causal(mask: Bool[Tensor, "*b n"] | None, segment_ids: Int[Tensor, "*b n"]) -> Bool[Tensor, "*_b n n"]:
-    """Every token sees itself and the real tokens before it: a language model."""
+    """Every token sees the real tokens up to itself: a language model. A padded one does not see itself."""
     order = torch.arange(segment_ids.shape[-1], device=segment_ids.device)
     # The batch axes are there, of length 1: one mask for all texts.
     past = (order <= order[:, None])[(None,) * (segment_ids.ndim - 1)]
