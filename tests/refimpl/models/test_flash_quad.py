@@ -153,7 +153,7 @@ def test_a_layer_is_the_pre_norm_block(name):
     length = config.length or 11
     embedded, *rest = states(case.with_(config=config))
     block = gau.block_pre_norm(
-        embedded, keys, None, np.arange(11), rope.frequencies(4, base=config.rotary_base),
+        embedded, keys, None, np.arange(11), rope.frequencies(config.key_size, base=config.rotary_base),
         *(w[n] for n in ("w_in", "b_in", "gamma_q", "beta_q", "gamma_k", "beta_k", "w_out", "b_out")),
         length=length, rotate=getattr(rope, f"rotate_{config.rotation}"), kernel=kernel,
         norm=lambda x: norm.layer_norm(x, w["norm_scale"], w["norm_bias"], epsilon=config.epsilon),
