@@ -6,8 +6,7 @@
 A call of every family at sizes of use, float32, forward, and forward and backward where there is something to learn.
 Eager and compiled alternate within a round; the ratio is the median over rounds of eager / compiled in one round, with
 the quartiles beside it. Below 0.95 in the upper quartile as well is called slower, and the exit status is 1, unless all
-that is lost is the entry into compiled code: what a view of the same arguments takes longer compiled, and a quarter
-more, by which that differs from one measurement to the next.
+that is lost is the entry into compiled code: what a view of the same arguments takes longer compiled.
 """
 
 import argparse
@@ -194,7 +193,7 @@ def main() -> int:
             text += f"  {label} {middle:.2f} ({low:.2f} to {high:.2f})"
             if high < 0.95:
                 entry = gained(*timed(viewed, arguments, backward, options.rounds))
-                small = gained(eager, made) >= 1.25 * entry
+                small = gained(eager, made) >= entry
                 text += " (entry)" if small else ""
                 slower += [] if small else [f"{name}, {label}: {middle:.2f}"]
         print(text, flush=True)
